@@ -1,0 +1,1 @@
+"""mgen_jax: open, JAX-native training of media foundation models."""

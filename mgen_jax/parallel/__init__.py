@@ -1,0 +1,1 @@
+"""How work is spread over devices: the mesh, the rules table, attention, hardware peaks."""
