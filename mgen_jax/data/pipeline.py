@@ -1,0 +1,498 @@
+"""The input pipeline: sources by bucket -> shuffled, repeated, batched, mixed -> this host's rows.
+
+Every quantity is a pure function of (seed, step): which bucket a step trains on, which examples are
+in its batch, which window of a clip is cut. So all hosts draw the same bucket at the same step, any
+number of hosts draws the same global batches, and to resume is to start at a step: no iterator
+state is saved. With B examples in a global batch and P hosts, host p holds rows
+[p * B / P, (p + 1) * B / P): the global array is the same for every P.
+
+Not here: devices and shardings (`parallel`), or what a task makes of a batch.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+from absl import flags, logging
+
+from mgen_jax.data import media
+from mgen_jax.data.buckets import Bucket, Groups, group
+from mgen_jax.data.ingest import Clip, Index, Split
+from mgen_jax.data.records import RecordSource
+from mgen_jax.errors import UserError
+
+Example = dict[str, Any]
+Batch = dict[str, np.ndarray]
+Transform = Callable[[Example, np.random.Generator | None], Example]
+
+# How many unreadable clips in a row are passed over before reading gives up.
+_MOST_UNREADABLE = 8
+# Weights are compared as whole numbers of this resolution.
+_WEIGHT_UNIT = 2**20
+
+
+# --------------------------------------------------------------------------------------------------
+# Sources: examples of one bucket by index. They must be picklable and readable from many threads.
+
+
+class Source(Protocol):
+  """What the pipeline needs of the examples of one bucket.
+
+  `digest` names the content: equal digests give equal examples.
+  """
+
+  digest: str
+
+  def __len__(self) -> int: ...
+
+  def example(self, index: int, rng: np.random.Generator | None) -> Example:
+    """Example `index`; `rng` decides what is random in it, None asks for none (evaluation)."""
+
+
+class MediaSource:
+  """Windows of the clips of an index, decoded when they are asked for.
+
+  An example is {"video": uint8 [T, H, W, 3], "caption": str, "index": int (into `clips`), "start":
+  float (seconds), "fps": float (0 for an image)}. A clip longer than the bucket gives a random
+  window, or the centre one without `rng`; an image bucket gives one frame of a video alike.
+
+  A clip that turns out to be damaged is replaced by the next one that is not, with a warning; the
+  same clip is replaced by the same one on every host and after every restart.
+
+  Args:
+    folder: that the paths of `clips` are relative to.
+    clips: that `buckets.assign` put into `bucket` with the same `fps`.
+    fps: frames per second to sample at; None: each clip's own.
+  """
+
+  def __init__(
+    self, folder: Path | str, clips: Sequence[Clip], bucket: Bucket, *, fps: float | None = None
+  ):
+    self.folder = Path(folder)
+    self.clips = tuple(clips)
+    self.bucket = bucket
+    self.fps = fps
+    content = [bucket.name, fps, [dataclasses.astuple(clip) for clip in self.clips]]
+    self.digest = _sha256(content)
+
+  def __len__(self) -> int:
+    return len(self.clips)
+
+  def example(self, index: int, rng: np.random.Generator | None) -> Example:
+    place = 0.5 if rng is None else rng.random()
+    for attempt in range(min(_MOST_UNREADABLE, len(self))):
+      candidate = (index + attempt) % len(self)
+      try:
+        return self._read(candidate, place)
+      except media.MediaError as error:
+        damage = error
+        logging.warning("%s Another clip takes its place.", error)
+    raise UserError(
+      f"{attempt + 1} clips in a row of {self.folder} cannot be read; the last says: {damage}"
+    ) from damage
+
+  def _read(self, index: int, place: float) -> Example:
+    clip, bucket = self.clips[index], self.bucket
+    size = (bucket.height, bucket.width)
+    start, fps = 0.0, 0.0
+    if clip.kind == "image":
+      video = media.read_image(self.folder / clip.path, size)[None]
+    else:
+      start, duration = window(clip, bucket.frames, self.fps, place)
+      fps = 0.0 if bucket.is_image else bucket.frames / duration
+      video = media.read_video(
+        self.folder / clip.path, frames=bucket.frames, start=start, duration=duration, size=size
+      )
+    return {"video": video, "caption": clip.caption, "index": index, "start": start, "fps": fps}
+
+
+def window(clip: Clip, frames: int, fps: float | None, place: float) -> tuple[float, float]:
+  """(start, duration) in seconds of the window of `frames` frames at `place` in a clip.
+
+  Args:
+    fps: frames per second to sample at; None: the clip's own.
+    place: in [0, 1): 0 the first window that fits, 0.5 the centre one, 1 the last. Windows start on
+      a frame of the clip, so that at its own rate the frames come out one by one.
+  """
+  duration = frames / (fps or clip.fps)
+  places = max(0, math.floor(clip.frames - duration * clip.fps + 1e-6)) + 1
+  return math.floor(place * places) / clip.fps, duration
+
+
+def media_sources(
+  index: Index,
+  buckets: Sequence[Bucket],
+  *,
+  split: Split,
+  images_from_videos: bool = False,
+  fps: float | None = None,
+  max_crop: float = 0.2,
+) -> tuple[dict[Bucket, MediaSource], Groups]:
+  """A MediaSource for every bucket (perhaps empty), and how the clips were shared out.
+
+  Arguments as in `buckets.group`.
+  """
+  groups = group(
+    index.of_split(split),
+    buckets,
+    images_from_videos=images_from_videos,
+    target_fps=fps,
+    max_crop=max_crop,
+  )
+  sources = {
+    bucket: MediaSource(index.folder, clips, bucket, fps=fps)
+    for bucket, clips in groups.clips.items()
+  }
+  return sources, groups
+
+
+class LatentSource:
+  """Records that the encode stage wrote.
+
+  An example is {each array of the record, "caption": str, "index": int, "start": float (seconds),
+  "fps": float}.
+  """
+
+  def __init__(self, records: RecordSource):
+    self.records = records
+    self.bucket = records.bucket
+    self.digest = records.digest
+
+  def __len__(self) -> int:
+    return len(self.records)
+
+  def example(self, index: int, rng: np.random.Generator | None) -> Example:
+    del rng
+    record = self.records[index]
+    return {
+      **record.arrays,
+      "caption": record.caption,
+      "index": index,
+      "start": record.start,
+      "fps": record.fps,
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Streams.
+
+
+class Stream(Iterator[tuple[Bucket, Batch]]):
+  """Batches of this host, in order; close it, or use it in a `with`.
+
+  `bucket_at` and `examples_before` are for streams from `make_stream`.
+
+  Attributes:
+    step: of the batch that comes next.
+    wait_seconds: how long the last `next()` took: what the accelerator may have waited for data.
+    fingerprint: SHA-256 of all that decides the order of the data. A checkpoint keeps it, and a
+      step number is worth something only under the same one. Hosts, threads and workers are not
+      part of it.
+  """
+
+  def __init__(
+    self,
+    dataset: grain.IterDataset,
+    buckets: Sequence[Bucket],
+    *,
+    order: "_Order | None" = None,
+    batch_sizes: Mapping[Bucket, int],
+    start_step: int = 0,
+    fingerprint: str = "",
+  ):
+    self.step = start_step
+    self.wait_seconds = 0.0
+    self.fingerprint = fingerprint
+    self._buckets = tuple(buckets)
+    self._order = order
+    self._batch_sizes = dict(batch_sizes)
+    # Held in a list so that closing lets go of it: Grain's own clean-up, run when the interpreter
+    # is half taken down, prints errors.
+    self._iterator = [iter(dataset)]
+    self._close = weakref.finalize(self, _close_all, self._iterator)
+
+  def __next__(self) -> tuple[Bucket, Batch]:
+    if not self._iterator:
+      raise ValueError("this stream is closed")
+    began = time.perf_counter()
+    bucket, batch = next(self._iterator[0])
+    self.step += 1
+    # Out of the workers' shared memory: a batch may outlive the stream, and /dev/shm stays small.
+    batch = {key: np.array(a) if type(a) is not np.ndarray else a for key, a in batch.items()}
+    self.wait_seconds = time.perf_counter() - began
+    return self._buckets[bucket], batch
+
+  def bucket_at(self, step: int) -> Bucket:
+    """The bucket of a step, without reading anything."""
+    return self._buckets[self._order[step][0]]
+
+  def examples_before(self, step: int) -> dict[Bucket, int]:
+    """How many examples of each bucket all hosts together draw before `step`.
+
+    Divided by the length of a source it is the number of epochs over it.
+    """
+    counts = self._order.counts(step)
+    return {b: n * self._batch_sizes[b] for b, n in zip(self._buckets, counts, strict=True)}
+
+  def close(self) -> None:
+    """Ends threads and worker processes; done at exit for a stream that was left open."""
+    self._close()
+
+  def __enter__(self) -> "Stream":
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self.close()
+
+
+def _close_all(iterators: list[grain.DatasetIterator]) -> None:
+  while iterators:
+    iterators.pop().close()
+
+
+def make_stream(
+  sources: Mapping[Bucket, Source],
+  *,
+  batch_sizes: Mapping[Bucket, int],
+  weights: Mapping[Bucket, float] | None = None,
+  seed: int,
+  start_step: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+  threads: int = 4,
+  workers: int = 0,
+  transform: Transform | None = None,
+) -> Stream:
+  """An endless stream of training batches that starts at any step.
+
+  Starting at step k costs no more than starting at 0: it is an offset of the index, nothing is read
+  or skipped.
+
+  Args:
+    sources: the same on every host.
+    batch_sizes: of each bucket, examples over all hosts.
+    weights: of each bucket, in steps; 0 leaves it out. None: every example is drawn equally often.
+    process_index, process_count: which host this is, of how many.
+    threads: that read batches ahead, one batch each (0: read when asked). So many batches are in
+      memory, times `workers` if there are any.
+    workers: processes to decode in, each with `threads` threads; for video only, since records are
+      read faster by threads. They hand batches over in /dev/shm, which must hold
+      2 * workers batches (docker: --shm-size), and the main module needs
+      `if __name__ == "__main__"`. The stream is the same for any number.
+    transform: of an example, called with a generator that depends on the seed and on the position
+      of the example only. None keeps the example as it is.
+
+  Raises:
+    UserError: a bucket without examples, or whose batch does not divide by the hosts.
+  """
+  if weights is not None and (set(weights) != set(sources) or min(weights.values()) < 0):
+    raise UserError(
+      f"weights are given for {_names(weights)} but the buckets are {_names(sources)}; give each"
+      " bucket one that is 0 or more."
+    )
+  buckets = sorted(bucket for bucket in sources if weights is None or weights[bucket] > 0)
+  if not buckets:
+    raise UserError("no bucket is left to draw from; give at least one a weight above 0.")
+  _check(buckets, sources, batch_sizes, process_index, process_count)
+  if weights is None:
+    weights = {bucket: len(sources[bucket]) / batch_sizes[bucket] for bucket in buckets}
+  order = _Order([weights[bucket] for bucket in buckets])
+  parts = []
+  for position, bucket in enumerate(buckets):
+    size, length = batch_sizes[bucket], len(sources[bucket])
+    if length < size:
+      repeats = "Bucket %s has %d examples for a batch of %d: batches repeat them."
+      logging.warning(repeats, bucket.name, length, size)
+    bucket_seed = _hash32(seed, bucket.name)
+    rows = _HostRows(
+      position, sources[bucket], transform, bucket_seed, process_index, process_count
+    )
+    indices = grain.MapDataset.range(length).shuffle(seed=bucket_seed).repeat()
+    parts.append(indices.batch(size, drop_remainder=True).map_with_index(rows))
+  mixed = grain.MapDataset.select_from_datasets(parts, order)
+  return Stream(
+    _read_ahead(mixed[start_step:], threads, workers),
+    buckets,
+    order=order,
+    batch_sizes=batch_sizes,
+    start_step=start_step,
+    fingerprint=_sha256(
+      {
+        "seed": seed,
+        "buckets": {
+          b.name: [sources[b].digest, batch_sizes[b], n]
+          for b, n in zip(buckets, order.weights, strict=True)
+        },
+      }
+    ),
+  )
+
+
+def make_ordered_stream(
+  sources: Mapping[Bucket, Source],
+  *,
+  batch_sizes: Mapping[Bucket, int],
+  seed: int | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
+  threads: int = 4,
+  workers: int = 0,
+  transform: Transform | None = None,
+) -> Stream:
+  """Every example once, in order, bucket after bucket: for evaluation and for encoding.
+
+  The last batch of a bucket is filled up with its last example; the key "valid", bool [B], tells
+  which rows count. Without `seed` nothing is random (centre windows); with it, windows depend on
+  the seed and on the example. Buckets without examples are passed over, and none at all is an empty
+  stream. Other arguments as in `make_stream`.
+  """
+  buckets = sorted(bucket for bucket in sources if len(sources[bucket]))
+  _check(buckets, sources, batch_sizes, process_index, process_count)
+  parts = [grain.MapDataset.source(())]
+  for position, bucket in enumerate(buckets):
+    # By content: the shards that a long source is cut into do not draw the same windows again.
+    source_seed = None if seed is None else _hash32(seed, sources[bucket].digest)
+    rows = _HostRows(
+      position, sources[bucket], transform, source_seed, process_index, process_count, ordered=True
+    )
+    size = batch_sizes[bucket]
+    batches = grain.MapDataset.range(math.ceil(len(sources[bucket]) / size))
+    parts.append(batches.map(functools.partial(_consecutive, size)).map_with_index(rows))
+  dataset = _read_ahead(grain.MapDataset.concatenate(parts), threads, workers)
+  return Stream(dataset, buckets, batch_sizes=batch_sizes)
+
+
+def _consecutive(size: int, batch: int) -> np.ndarray:
+  return np.arange(batch * size, (batch + 1) * size)
+
+
+def _read_ahead(dataset: grain.MapDataset, threads: int, workers: int) -> grain.IterDataset:
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+  ahead = dataset.to_iter_dataset(options)
+  if not workers:
+    return ahead
+  if not flags.FLAGS.is_parsed():  # Grain reads its flags to start workers; absl insists
+    flags.FLAGS.mark_as_parsed()
+  return ahead.mp_prefetch(
+    grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1), _begin_worker
+  )
+
+
+def _begin_worker(worker: int, workers: int) -> None:
+  """Ctrl-C is for the main process to handle; if that is killed, its workers go with it."""
+  del worker, workers
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+  def leave_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+@dataclasses.dataclass(frozen=True)
+class _HostRows:
+  """(number of a global batch, its example indices) -> (bucket, this host's rows, stacked)."""
+
+  bucket: int
+  source: Source
+  transform: Transform | None
+  seed: int | None
+  process_index: int
+  process_count: int
+  ordered: bool = False
+
+  def __call__(self, batch: int, indices: np.ndarray) -> tuple[int, Batch]:
+    local = len(indices) // self.process_count
+    rows = range(self.process_index * local, (self.process_index + 1) * local)
+    examples = [self._example(batch * len(indices) + row, int(indices[row])) for row in rows]
+    stacked = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+    if self.ordered:
+      stacked["valid"] = indices[rows.start : rows.stop] < len(self.source)
+    return self.bucket, stacked
+
+  def _example(self, position: int, index: int) -> Example:
+    rng = (
+      None if self.seed is None else np.random.Generator(np.random.Philox([self.seed, position]))
+    )
+    example = self.source.example(min(index, len(self.source) - 1), rng)
+    return example if self.transform is None else self.transform(example, rng)
+
+
+class _Order(grain.transforms.DatasetSelectionMap):
+  """Step -> (bucket, how often it was drawn before): each as evenly spread as its weight allows.
+
+  The interleave of Grain's own `mix`, kept here because a checkpoint relies on it for years, and
+  because it can count: bucket i takes its share of the steps that the buckets before it left over.
+  """
+
+  def __init__(self, weights: Sequence[float]):
+    total = sum(weights)
+    self.weights = [max(1, round(weight / total * _WEIGHT_UNIT)) for weight in weights]
+
+  def __len__(self) -> int:
+    return sys.maxsize
+
+  def counts(self, step: int) -> list[int]:
+    """How many of the steps before `step` go to each bucket."""
+    counts, steps, remaining = [], step, sum(self.weights)
+    for weight in self.weights:
+      left = steps * (remaining - weight) // remaining
+      counts.append(steps - left)
+      steps, remaining = left, remaining - weight
+    return counts
+
+  def __getitem__(self, step: int) -> tuple[int, int]:
+    before, after = self.counts(step), self.counts(step + 1)
+    bucket = next(i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b)
+    return bucket, before[bucket]
+
+
+def _check(
+  buckets: Sequence[Bucket],
+  sources: Mapping[Bucket, Source],
+  batch_sizes: Mapping[Bucket, int],
+  process_index: int,
+  process_count: int,
+) -> None:
+  if not 0 <= process_index < process_count:
+    raise ValueError(f"process {process_index} of {process_count}")
+  for bucket in buckets:
+    size = batch_sizes.get(bucket, 0)
+    if not len(sources[bucket]):
+      raise UserError(
+        f"bucket {bucket.name} has no examples; remove it, or add clips of its length and shape."
+      )
+    if size < 1 or size % process_count:
+      below, above = size // process_count * process_count, math.ceil(size / process_count)
+      valid = [n for n in (below, max(1, above) * process_count) if n > 0]
+      raise UserError(
+        f"the batch of {size} of bucket {bucket.name} does not divide by {process_count} hosts; use"
+        f" {' or '.join(map(str, valid))}."
+      )
+
+
+def _names(buckets: Iterable[Bucket]) -> str:
+  return ", ".join(bucket.name for bucket in sorted(buckets))
+
+
+def _hash32(seed: int, name: str) -> int:
+  return int.from_bytes(hashlib.blake2b(f"{seed}|{name}".encode(), digest_size=4).digest())
+
+
+def _sha256(content: Any) -> str:
+  return hashlib.sha256(json.dumps(content).encode()).hexdigest()
