@@ -1,0 +1,1 @@
+"""Generative processes: pure functions on arrays, with the symbols of the papers."""

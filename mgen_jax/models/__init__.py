@@ -1,0 +1,1 @@
+"""Pure Flax modules; they know shapes and logical axis names, nothing else."""

@@ -1,0 +1,406 @@
+"""The temporal autoencoder of Movie Gen (section 3.1.1): an image autoencoder inflated to 2.5D.
+
+Each spatial convolution is followed by a temporal one (the identity at the start) and each spatial
+attention by a temporal one (zero at the start), so that before training the inflated model equals
+the image model on every frame. Any length goes in: T frames make ceil(T / stride) latent frames,
+and the decoder drops the frames that were not there. Not here: losses, tiling, latent statistics.
+"""
+
+import dataclasses
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mgen_jax.errors import ConfigError
+from mgen_jax.models import layers
+from mgen_jax.models.backbone import patchify, unpatchify
+from mgen_jax.parallel.attention import attention
+
+Array = jax.Array
+
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+  """Everything that fixes the autoencoder; the defaults are 8x8x8 with 16 channels, full size.
+
+  The paper leaves widths and placement open; they follow the latent-diffusion autoencoder.
+  """
+
+  channels: int = 128
+  multipliers: tuple[int, ...] = (1, 2, 4, 4)  # of `channels`, one for each level
+  res_blocks: int = 2  # of each encoder level
+  decoder_res_blocks: int = 3  # of each decoder level
+  latent_channels: int = 16
+  space_down: tuple[int, ...] = (0, 1, 2)  # levels that end with a stride of 2 in space
+  time_down: tuple[int, ...] = (0, 1, 2)  # and in time
+  mid_attention: bool = True
+  temporal: bool = True  # False: the frame-wise image autoencoder
+  temporal_kernel: int = 3
+  # Pixels joined in one position in front (and split at the end) by a linear map, in place of the
+  # convolutions next to the pixels: cheap, for toys. (1, 1, 1) is the paper's.
+  patch: tuple[int, int, int] = (1, 1, 1)
+  norm: str = "group"  # of each frame; "rms": over the channels of each position (Wan, toys)
+  groups: int = 32  # of the group norms
+  conv_method: str = "direct"  # "matmul" trains faster on a CPU; see layers.convolve
+  dtype: str = "float32"
+
+  @property
+  def has_patch(self) -> bool:
+    """Whether linear maps of patches stand next to the pixels instead of convolutions."""
+    return self.patch != (1, 1, 1)
+
+  @property
+  def patch_values(self) -> int:
+    """Numbers in one patch of RGB pixels."""
+    return 3 * self.patch[0] * self.patch[1] * self.patch[2]
+
+  @property
+  def time_stride(self) -> int:
+    """Frames per latent frame."""
+    return self.patch[0] * 2 ** len(self.time_down)
+
+  @property
+  def space_strides(self) -> tuple[int, int]:
+    """Pixels per latent, (height, width)."""
+    scale = 2 ** len(self.space_down)
+    return self.patch[1] * scale, self.patch[2] * scale
+
+  def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """(T, H, W, C) of the latents of a video.
+
+    Raises:
+      ConfigError: the height or the width is not divisible by the spatial stride.
+    """
+    for name, n, stride in zip(
+      ("height", "width"), (height, width), self.space_strides, strict=True
+    ):
+      if n % stride or n < 1:
+        nearest = max(stride, round(n / stride) * stride)
+        raise ConfigError(
+          f"video {name} {n} is not divisible by the autoencoder's stride {stride}: use {nearest}"
+        )
+    if frames < 1:
+      raise ConfigError(f"a video of {frames} frames cannot be encoded: use at least 1")
+    rows, columns = self.space_strides
+    t = math.ceil(frames / self.time_stride)
+    return t, height // rows, width // columns, self.latent_channels
+
+  def check(self) -> None:
+    """Raises ConfigError where fields contradict each other."""
+    levels = range(len(self.multipliers))
+    for name in ("space_down", "time_down"):
+      if not set(getattr(self, name)) <= set(levels):
+        raise ConfigError(
+          f"{name} {getattr(self, name)} names a level that does not exist: "
+          f"use levels from 0 to {len(self.multipliers) - 1}"
+        )
+    if not self.temporal and self.time_stride != 1:
+      raise ConfigError("temporal=False needs time_down=() and a temporal patch of 1")
+    if self.norm not in ("group", "rms", "layer"):
+      raise ConfigError(f"unknown norm {self.norm!r}: use 'group', 'rms' or 'layer'")
+    for multiplier in self.multipliers if self.norm == "group" else ():
+      if (self.channels * multiplier) % self.groups:
+        raise ConfigError(
+          f"{self.channels * multiplier} channels do not divide into groups={self.groups}: "
+          f"use channels={self.groups * max(1, round(self.channels / self.groups))}"
+        )
+
+
+def _norm(config: AutoencoderConfig, name: str) -> nn.Module:
+  """The normalisation in front of each activation, by configuration."""
+  if config.norm == "group":
+    return layers.GroupNorm(config.groups, dtype=config.dtype, name=name)
+  return layers.Norm(config.norm, dtype=config.dtype, name=name)
+
+
+class Conv(nn.Module):
+  """A 2.5D convolution: spatial, then temporal over the same channels."""
+
+  config: AutoencoderConfig
+  features: int
+  kernel: int = 3
+  stride: int = 1
+  time_stride: int = 1
+  padding: tuple[int, int] | None = None
+  spatial: bool = True  # False: only the temporal half, where a level keeps its frame size
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    cfg = self.config
+    if self.spatial:
+      x = layers.SpatialConv(
+        self.features,
+        self.kernel,
+        self.stride,
+        self.padding,
+        dtype=cfg.dtype,
+        method=cfg.conv_method,
+        name="spatial",
+      )(x)
+    if cfg.temporal:
+      # A 1x1 convolution sees one pixel, and so does its temporal half.
+      kernel = cfg.temporal_kernel if self.kernel > 1 else 1
+      x = layers.TemporalConv(
+        kernel, self.time_stride, dtype=cfg.dtype, method=cfg.conv_method, name="temporal"
+      )(x)
+    return nn.with_logical_constraint(x, layers.VIDEO_AXES)
+
+
+class ResBlock(nn.Module):
+  """norm, SiLU, conv, norm, SiLU, conv, plus the input (through a 1x1 if the width changes)."""
+
+  config: AutoencoderConfig
+  features: int
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    cfg = self.config
+    y = _norm(cfg, "norm1")(x)
+    y = Conv(cfg, self.features, name="conv1")(nn.silu(y))
+    y = _norm(cfg, "norm2")(y)
+    y = Conv(cfg, self.features, name="conv2")(nn.silu(y))
+    if x.shape[-1] != self.features:
+      x = Conv(cfg, self.features, kernel=1, name="shortcut")(x)
+    return x + y
+
+
+class AxisAttention(nn.Module):
+  """Single-head self-attention over the second-last axis: x [N, L, C], added to its input."""
+
+  config: AutoencoderConfig
+  zero_init: bool = False
+
+  @nn.compact
+  def __call__(self, normed: Array) -> Array:
+    cfg, channels = self.config, normed.shape[-1]
+
+    def dense(name, init=layers.fan_in_init):
+      axes = ("conv_in", "conv_out")
+      return layers.Dense(
+        channels, axes, use_bias=True, dtype=cfg.dtype, kernel_init=init, name=name
+      )
+
+    q, k, v = (dense(name)(normed)[:, :, None] for name in ("query", "key", "value"))
+    init = nn.initializers.zeros if self.zero_init else layers.fan_in_init
+    return dense("out", init)(attention(q, k, v)[:, :, 0])
+
+
+class AttentionBlock(nn.Module):
+  """Attention within each frame, then over time at each position (zero at the start)."""
+
+  config: AutoencoderConfig
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    cfg = self.config
+    b, t, h, w, c = x.shape
+    y = _norm(cfg, "norm")(x)
+    y = AxisAttention(cfg, name="spatial")(y.reshape(b * t, h * w, c))
+    x = x + y.reshape(x.shape)
+    if not cfg.temporal:
+      return x
+    y = _norm(cfg, "temporal_norm")(x)
+    y = y.reshape(b, t, h * w, c).swapaxes(1, 2).reshape(b * h * w, t, c)
+    y = AxisAttention(cfg, zero_init=True, name="temporal")(y)
+    return x + y.reshape(b, h * w, t, c).swapaxes(1, 2).reshape(x.shape)
+
+
+class Middle(nn.Module):
+  """The blocks at the lowest resolution: res, attention (by config), res."""
+
+  config: AutoencoderConfig
+  features: int
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    x = ResBlock(self.config, self.features, name="block1")(x)
+    if self.config.mid_attention:
+      x = AttentionBlock(self.config, name="attention")(x)
+    return ResBlock(self.config, self.features, name="block2")(x)
+
+
+class Encoder(nn.Module):
+  """Video -> mean and log-variance of the latents, joined on the channels."""
+
+  config: AutoencoderConfig
+
+  @nn.compact
+  def __call__(self, video: Array) -> Array:
+    cfg = self.config
+    x = self._input(video, cfg.channels * cfg.multipliers[0])
+    for level, multiplier in enumerate(cfg.multipliers):
+      features = cfg.channels * multiplier
+      for block in range(cfg.res_blocks):
+        x = ResBlock(cfg, features, name=f"level{level}_block{block}")(x)
+      space, time = level in cfg.space_down, level in cfg.time_down
+      if space or time:
+        # Zeros after the last row and column only, as in the latent-diffusion autoencoder.
+        x = Conv(
+          cfg,
+          features,
+          stride=2 if space else 1,
+          time_stride=2 if time else 1,
+          padding=(0, 1),
+          spatial=space,
+          name=f"level{level}_down",
+        )(x)
+    x = Middle(cfg, x.shape[-1], name="middle")(x)
+    x = nn.silu(_norm(cfg, "norm_out")(x))
+    return Conv(cfg, 2 * cfg.latent_channels, name="conv_out")(x)
+
+  def _input(self, video: Array, features: int) -> Array:
+    cfg = self.config
+    if not cfg.has_patch:
+      return Conv(cfg, features, name="conv_in")(video)
+    # Frames that do not fill a temporal patch are completed by repeating the last one.
+    x = patchify(layers.replicate_pad(video, 0, -video.shape[1] % cfg.patch[0], axis=1), cfg.patch)
+    return layers.Dense(
+      features, (None, "conv_out"), use_bias=True, dtype=cfg.dtype, name="patch_in"
+    )(x)
+
+
+class Decoder(nn.Module):
+  """Latents -> video, all `time_stride` frames of every latent frame."""
+
+  config: AutoencoderConfig
+
+  @nn.compact
+  def __call__(self, latents: Array) -> Array:
+    cfg = self.config
+    x = Conv(cfg, cfg.channels * cfg.multipliers[-1], name="conv_in")(latents)
+    x = Middle(cfg, x.shape[-1], name="middle")(x)
+    for level in reversed(range(len(cfg.multipliers))):
+      features = cfg.channels * cfg.multipliers[level]
+      # The decoder's level undoes the down step that led to the encoder's next level.
+      space, time = level in cfg.space_down, level in cfg.time_down
+      if space or time:
+        x = jnp.repeat(x, 2, axis=1) if time else x
+        x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3) if space else x
+        x = Conv(cfg, x.shape[-1], spatial=space, name=f"level{level}_up")(x)
+      for block in range(cfg.decoder_res_blocks):
+        x = ResBlock(cfg, features, name=f"level{level}_block{block}")(x)
+    x = nn.silu(_norm(cfg, "norm_out")(x))
+    if not cfg.has_patch:
+      return Conv(cfg, 3, name="conv_out")(x).astype(jnp.float32)
+    x = layers.Dense(
+      cfg.patch_values, ("conv_in", None), use_bias=True, dtype=cfg.dtype, name="patch_out"
+    )(x)
+    return unpatchify(x.astype(jnp.float32), cfg.patch)
+
+
+class Autoencoder(nn.Module):
+  """Videos [-1, 1] <-> latents. Images are videos of one frame."""
+
+  config: AutoencoderConfig
+
+  def setup(self):
+    self.config.check()
+    self.encoder = Encoder(self.config)
+    self.decoder = Decoder(self.config)
+
+  def encode(self, video: Array) -> tuple[Array, Array]:
+    """Encodes a video.
+
+    Args:
+      video: [B, T, H, W, 3] in [-1, 1]; any T, H and W divisible by the spatial stride.
+
+    Returns:
+      Mean and log-variance of the latents, each [B, ceil(T / time_stride), H', W', C] in fp32.
+
+    Raises:
+      ConfigError: a size that the stride does not divide.
+    """
+    self.config.latent_shape(*video.shape[1:4])
+    moments = self.encoder(video).astype(jnp.float32)
+    mean, logvar = jnp.split(moments, 2, -1)
+    return mean, jnp.clip(logvar, *LOGVAR_RANGE)
+
+  def decode(self, latents: Array, frames: int | None = None) -> Array:
+    """Decodes latents [B, T, H', W', C] to a video [B, frames, H, W, 3] in about [-1, 1].
+
+    `frames` drops the surplus frames of the last latent frame; None keeps them.
+    """
+    return self.decoder(latents)[:, :frames]
+
+  def __call__(self, video: Array, noise: Array | None = None) -> tuple[Array, Array, Array]:
+    """Reconstruction, mean and log-variance; `noise` (shaped like the mean) samples the latent."""
+    mean, logvar = self.encode(video)
+    latents = mean if noise is None else mean + jnp.exp(0.5 * logvar) * noise
+    return self.decode(latents, video.shape[1]), mean, logvar
+
+
+def flops(config: AutoencoderConfig, video_shape: tuple[int, int, int]) -> dict[str, int]:
+  """Exact matmul and convolution FLOPs of one video (frames, height, width), by part.
+
+  Returns:
+    FLOPs of "encoder" and "decoder"; additions and norms are not counted.
+  """
+  count = functools.partial(_conv_flops, config)
+  cfg = config
+  t = math.ceil(video_shape[0] / cfg.patch[0])
+  h, w = (n // p for n, p in zip(video_shape[1:], cfg.patch[1:], strict=True))
+  widths = [cfg.channels * m for m in cfg.multipliers]
+
+  def res(shape, before, after):
+    shortcut = count(shape, shape, before, after, kernel=1) if before != after else 0
+    return count(shape, shape, before, after) + count(shape, shape, after, after) + shortcut
+
+  def middle(shape, c):
+    total = 2 * res(shape, c, c)
+    if cfg.mid_attention:
+      frames, area = shape[0], shape[1] * shape[2]
+      projections = 2 * frames * area * 4 * c * c
+      total += projections + 4 * frames * area * area * c
+      if cfg.temporal:
+        total += projections + 4 * frames * frames * area * c
+    return total
+
+  shapes = [(t, h, w)]  # at the start of each level
+  pixels = 2 * t * h * w * cfg.patch_values * widths[0]
+  encoder = pixels if cfg.has_patch else count(shapes[0], shapes[0], 3, widths[0])
+  previous = widths[0]
+  for level, features in enumerate(widths):
+    for _ in range(cfg.res_blocks):
+      encoder += res(shapes[level], previous, features)
+      previous = features
+    t, h, w = shapes[level]
+    space, time = level in cfg.space_down, level in cfg.time_down
+    after = (-(-t // 2) if time else t, h // 2 if space else h, w // 2 if space else w)
+    shapes.append(after)
+    if space or time:
+      encoder += count(shapes[level], after, features, features, spatial=space)
+  encoder += middle(shapes[-1], widths[-1])
+  encoder += count(shapes[-1], shapes[-1], widths[-1], 2 * cfg.latent_channels)
+
+  shape = shapes[-1]
+  decoder = count(shape, shape, cfg.latent_channels, widths[-1]) + middle(shape, widths[-1])
+  previous = widths[-1]
+  for level in reversed(range(len(widths))):
+    space, time = level in cfg.space_down, level in cfg.time_down
+    shape = (shape[0] * (2 if time else 1), *(n * (2 if space else 1) for n in shape[1:]))
+    if space or time:
+      decoder += count(shape, shape, previous, previous, spatial=space)
+    for _ in range(cfg.decoder_res_blocks):
+      decoder += res(shape, previous, widths[level])
+      previous = widths[level]
+  if cfg.has_patch:
+    decoder += 2 * shape[0] * shape[1] * shape[2] * previous * cfg.patch_values
+  else:
+    decoder += count(shape, shape, previous, 3)
+  return {"encoder": encoder, "decoder": decoder}
+
+
+def _conv_flops(cfg, before, after, c_in, c_out, kernel=3, spatial=True) -> int:
+  """FLOPs of one 2.5D convolution between grids (t, h, w): spatial first, then temporal."""
+  total = 0
+  if spatial:
+    total += 2 * before[0] * after[1] * after[2] * kernel * kernel * c_in * c_out
+  if cfg.temporal:
+    taps = cfg.temporal_kernel if kernel > 1 else 1
+    total += 2 * after[0] * after[1] * after[2] * taps * c_out * c_out
+  return total

@@ -1,0 +1,375 @@
+"""The transformer of Movie Gen (section 3.1.3), complete by configuration: 30B or a toy.
+
+A layer adds the positions, then runs self-attention, cross-attention to the context and a gated
+MLP; the flow time enters through one modulation MLP shared by all layers plus a small table per
+layer. Not here: text encoders, the autoencoder, and how time and noise are drawn.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from mgen_jax.errors import ConfigError
+from mgen_jax.models import layers
+from mgen_jax.parallel.attention import attention
+
+Array = jax.Array
+
+TOKENS = ("batch", "tokens", "act_embed")
+NORM_TOKENS = ("batch", "norm_tokens", "act_embed")
+HEADS = ("batch", "tokens", "act_heads", None)
+CONTEXT = ("batch", "context_tokens", "act_embed")
+CONTEXT_HEADS = ("batch", "context_tokens", "act_heads", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneConfig:
+  """Everything that fixes the transformer; the defaults are the paper's 30B (Table 1)."""
+
+  layers: int = 48
+  width: int = 6144
+  heads: int = 48
+  mlp_width: int = 16384
+  activation: str = "swiglu"  # or "silu", "gelu"
+  norm: str = "rms"  # or "layer"
+  norm_eps: float = 1e-5
+  norm_affine: bool = True
+  use_bias: bool = False
+  qk_norm: bool = False
+  cross_norm: bool = False  # the paper draws no norm in front of the cross-attention
+  in_channels: int = 16  # of the latents, with every condition that is concatenated to them
+  out_channels: int = 16
+  patch: tuple[int, int, int] = (1, 2, 2)
+  max_positions: tuple[int, int, int] = (32, 96, 96)  # in patches: time, height, width
+  context_widths: tuple[int, ...] = (4096, 1280, 1472)  # UL2, MetaCLIP, ByT5
+  dtype: str = "bfloat16"
+  remat: str = "full"  # a key of REMAT_POLICIES
+  scan_unroll: int = 1  # layers per iteration of the scan; a toy on a CPU runs faster unrolled
+
+
+SIZES = {
+  "30B": BackboneConfig(),
+  "5B": BackboneConfig(layers=32, width=3072, heads=24, mlp_width=8192),
+  "1B": BackboneConfig(layers=24, width=1536, heads=16, mlp_width=4096),
+  "toy": BackboneConfig(
+    layers=6,
+    width=192,
+    heads=6,
+    mlp_width=512,
+    qk_norm=True,
+    cross_norm=True,
+    max_positions=(4, 8, 8),
+    context_widths=(128,),
+    dtype="float32",
+    remat="none",
+    scan_unroll=6,
+  ),
+}
+
+
+def dit_arm(config: BackboneConfig) -> BackboneConfig:
+  """The DiT arm of the paper's ablation (Table 9): everything else stays as in `config`."""
+  return dataclasses.replace(
+    config, norm="layer", norm_eps=1e-6, norm_affine=False, activation="silu", use_bias=True
+  )
+
+
+def _policies():
+  policies = jax.checkpoint_policies
+  return {
+    "none": None,
+    "full": policies.nothing_saveable,
+    "save_attention": policies.save_only_these_names("attention"),
+    "save_projections": policies.save_only_these_names("attention", "projection"),
+    "save_dots": policies.dots_with_no_batch_dims_saveable,
+    "offload": policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[],
+      names_which_can_be_offloaded=["block_input"],
+      offload_src="device",
+      offload_dst="pinned_host",
+    ),
+  }
+
+
+REMAT_POLICIES = _policies()
+
+
+class Attention(nn.Module):
+  """Multi-head attention of x [B, N, D] to itself or to a source [B, S, D] under its mask."""
+
+  config: BackboneConfig
+
+  @nn.compact
+  def __call__(self, x: Array, source: Array | None = None, mask: Array | None = None) -> Array:
+    cfg = self.config
+    batch, tokens, width = x.shape
+    dense = functools.partial(layers.Dense, width, use_bias=cfg.use_bias, dtype=cfg.dtype)
+
+    def split(y, name):
+      y = y.reshape(*y.shape[:2], cfg.heads, width // cfg.heads)  # [B, N, H, Dh]
+      if cfg.qk_norm and name != "value":
+        y = layers.Norm("rms", cfg.norm_eps, dtype=cfg.dtype, name=f"{name}_norm")(y)
+      return y
+
+    inputs = x if source is None else source
+    key_axes = HEADS if source is None else CONTEXT_HEADS
+    query = split(dense(("embed", "heads"), name="query")(x), "query")
+    key = split(dense(("embed", "heads"), name="key")(inputs), "key")
+    value = split(dense(("embed", "heads"), name="value")(inputs), "value")
+    query = checkpoint_name(nn.with_logical_constraint(query, HEADS), "projection")
+    key = checkpoint_name(nn.with_logical_constraint(key, key_axes), "projection")
+    value = checkpoint_name(nn.with_logical_constraint(value, key_axes), "projection")
+    out = nn.with_logical_constraint(attention(query, key, value, mask=mask), HEADS)
+    out = checkpoint_name(out.reshape(batch, tokens, width), "attention")
+    return dense(("heads", "embed"), name="out")(out)
+
+
+class Block(nn.Module):
+  """One layer, in the order of the paper's figure 8. The carry of the scan over layers."""
+
+  config: BackboneConfig
+
+  @nn.compact
+  def __call__(
+    self, x: Array, positions: Array, modulation: Array, context: Array, mask: Array | None
+  ) -> tuple[Array, None]:
+    """Runs the layer.
+
+    Args:
+      x: tokens [B, N, D].
+      positions: [1, N, D], added at the input of every layer.
+      modulation: [B, 6, D] fp32, the shared MLP's output; the layer adds its own table.
+      context: [B, S, D]; mask: [B, S] bool, True where there is text.
+    """
+    cfg = self.config
+    norm = functools.partial(
+      layers.Norm, cfg.norm, cfg.norm_eps, affine=cfg.norm_affine, dtype=cfg.dtype
+    )
+    x = checkpoint_name(nn.with_logical_constraint(x, TOKENS), "block_input")
+    table = self.param(
+      "modulation",
+      layers.partitioned(nn.initializers.normal(cfg.width**-0.5), None, "embed"),
+      (6, cfg.width),
+    )
+    shifts = jnp.split((modulation + table).astype(cfg.dtype), 6, axis=1)  # six of [B, 1, D]
+    shift1, scale1, gate1, shift2, scale2, gate2 = shifts
+
+    x = x + positions
+    y = nn.with_logical_constraint(norm(name="self_norm")(x), NORM_TOKENS)
+    y = nn.with_logical_constraint(y * (1 + scale1) + shift1, TOKENS)
+    x = x + gate1 * Attention(cfg, name="self_attention")(y)
+    y = norm(name="cross_norm")(x) if cfg.cross_norm else x
+    x = x + Attention(cfg, name="cross_attention")(y, context, mask)
+    y = nn.with_logical_constraint(norm(name="mlp_norm")(x), NORM_TOKENS)
+    y = nn.with_logical_constraint(y * (1 + scale2) + shift2, TOKENS)
+    mlp = layers.MLP(cfg.mlp_width, cfg.activation, cfg.use_bias, cfg.dtype, name="mlp")
+    x = x + gate2 * mlp(y)
+    return nn.with_logical_constraint(x, TOKENS), None
+
+
+def patchify(latents: Array, patch: Sequence[int]) -> Array:
+  """[B, T, H, W, C] -> [B, T/pt, H/ph, W/pw, pt*ph*pw*C]; each size must be divisible."""
+  batch, *size, channels = latents.shape
+  for name, n, p in zip(("frames", "height", "width"), size, patch, strict=True):
+    if n % p:
+      raise ConfigError(
+        f"latent {name} {n} is not divisible by the patch size {p}: choose a bucket whose "
+        f"latent {name} is a multiple of it"
+      )
+  t, h, w = (n // p for n, p in zip(size, patch, strict=True))
+  x = latents.reshape(batch, t, patch[0], h, patch[1], w, patch[2], channels)
+  return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(batch, t, h, w, -1)
+
+
+def unpatchify(x: Array, patch: Sequence[int]) -> Array:
+  """The inverse of `patchify`: [B, t, h, w, pt*ph*pw*C] -> [B, t*pt, h*ph, w*pw, C]."""
+  batch, t, h, w, features = x.shape
+  channels = features // (patch[0] * patch[1] * patch[2])
+  x = x.reshape(batch, t, h, w, *patch, channels).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+  return x.reshape(batch, t * patch[0], h * patch[1], w * patch[2], channels)
+
+
+class Backbone(nn.Module):
+  """Latents, flow time and context -> velocity."""
+
+  config: BackboneConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    latents: Array,
+    time: Array,
+    context: Array | Sequence[Array],
+    context_mask: Array | Sequence[Array] | None = None,
+    *,
+    modulation: Array | None = None,
+  ) -> Array:
+    """Predicts the velocity.
+
+    Args:
+      latents: [B, T, H, W, in_channels], noisy, conditions concatenated on the channels.
+      time: [B] in [0, 1], 0 is noise.
+      context: text features [B, S, context_width]; one array for each entry of
+        `config.context_widths` (a bare array if there is one entry).
+      context_mask: likewise, [B, S] bool, True where there is text; None: all of it.
+      modulation: [B, width], added to the time embedding (edit task and the like).
+
+    Returns:
+      [B, T, H, W, out_channels] fp32.
+
+    Raises:
+      ConfigError: the latents exceed the position tables or do not divide into patches.
+    """
+    cfg = self.config
+    patches = patchify(latents, cfg.patch)
+    batch, *grid, _ = patches.shape
+    x = patches.reshape(batch, -1, patches.shape[-1])  # [B, N, pt*ph*pw*C]
+    x = layers.Dense(
+      cfg.width, (None, "embed"), use_bias=cfg.use_bias, dtype=cfg.dtype, name="patch_in"
+    )(x)
+    positions = self._positions(grid).astype(cfg.dtype)
+    text, mask = self._context(context, context_mask)
+
+    embedded = layers.TimeEmbedding(cfg.width, use_bias=cfg.use_bias, name="time")(time)
+    if modulation is not None:
+      embedded = embedded + modulation.astype(jnp.float32)
+    shared = layers.Dense(
+      6 * cfg.width,
+      ("embed", "mlp"),
+      use_bias=cfg.use_bias,
+      kernel_init=nn.initializers.zeros,
+      name="modulation",
+    )(nn.silu(embedded)).reshape(batch, 6, cfg.width)
+
+    x = self._layers()(x, positions, shared, text, mask)[0]
+    return self._head(x, embedded, grid)
+
+  def _layers(self) -> nn.Module:
+    """The stack of layers: parameters [layers, ...] whatever the remat policy and the unroll."""
+    cfg = self.config
+    if cfg.remat not in REMAT_POLICIES:
+      raise ConfigError(
+        f"unknown remat policy {cfg.remat!r}: use one of {', '.join(sorted(REMAT_POLICIES))}"
+      )
+    block = Block
+    if cfg.remat != "none":
+      block = nn.remat(Block, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False)
+    stack = nn.scan(
+      block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=nn.broadcast,
+      length=cfg.layers,
+      unroll=min(cfg.scan_unroll, cfg.layers),
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return stack(cfg, name="layers")
+
+  def _positions(self, grid: Sequence[int]) -> Array:
+    """The factorised learnable positions of a grid of patches: [1, t*h*w, D] (section 3.1.3)."""
+    cfg = self.config
+    total = 0.0
+    for axis, (name, n, limit) in enumerate(
+      zip(("frames", "height", "width"), grid, cfg.max_positions, strict=True)
+    ):
+      if n > limit:
+        raise ConfigError(
+          f"{n} patches of latent {name} exceed the position table's {limit}: "
+          f"raise max_positions[{axis}] to {n} or choose a smaller bucket"
+        )
+      init = layers.partitioned(nn.initializers.normal(0.02), None, "embed")
+      table = self.param(f"position_{name}", init, (limit, cfg.width))[:n]
+      shape = [1, 1, 1, cfg.width]
+      shape[axis] = n
+      total = total + table.reshape(shape)
+    return total.reshape(1, -1, cfg.width)
+
+  def _context(self, context, context_mask) -> tuple[Array, Array | None]:
+    """Projects and normalises each context and joins them along the tokens: [B, S, D], [B, S]."""
+    cfg = self.config
+    sources = [context] if isinstance(context, jax.Array) else list(context)
+    masks = context_mask
+    if masks is None or isinstance(masks, jax.Array):
+      masks = [masks] * len(sources)
+    if tuple(source.shape[-1] for source in sources) != tuple(cfg.context_widths):
+      raise ConfigError(
+        f"context widths {[source.shape[-1] for source in sources]} differ from the model's "
+        f"context_widths {list(cfg.context_widths)}: set them to the text encoders' widths"
+      )
+    texts = []
+    for index, source in enumerate(sources):
+      y = layers.Dense(
+        cfg.width,
+        (None, "embed"),
+        use_bias=cfg.use_bias,
+        dtype=cfg.dtype,
+        name=f"context_{index}",
+      )(source)
+      texts.append(layers.Norm("layer", dtype=cfg.dtype, name=f"context_norm_{index}")(y))
+    text = nn.with_logical_constraint(jnp.concatenate(texts, 1), CONTEXT)
+    if all(mask is None for mask in masks):
+      return text, None
+    masks = [
+      jnp.ones(source.shape[:2], bool) if mask is None else mask
+      for source, mask in zip(sources, masks, strict=True)
+    ]
+    return text, jnp.concatenate(masks, 1)
+
+  def _head(self, x: Array, embedded: Array, grid: Sequence[int]) -> Array:
+    """Norm, modulation by the time, linear map to the patch's values, unpatchify."""
+    cfg = self.config
+    table = self.param(
+      "head_modulation",
+      layers.partitioned(nn.initializers.normal(cfg.width**-0.5), None, "embed"),
+      (2, cfg.width),
+    )
+    shift, scale = jnp.split(embedded[:, None].astype(jnp.float32) + table, 2, axis=1)
+    x = layers.Norm(cfg.norm, cfg.norm_eps, affine=cfg.norm_affine, name="head_norm")(x)
+    x = x * (1 + scale) + shift
+    values = cfg.patch[0] * cfg.patch[1] * cfg.patch[2] * cfg.out_channels
+    x = layers.Dense(
+      values,
+      ("embed", None),
+      use_bias=cfg.use_bias,
+      dtype=cfg.dtype,
+      kernel_init=nn.initializers.zeros,
+      name="head",
+    )(x)
+    return unpatchify(x.astype(jnp.float32).reshape(x.shape[0], *grid, values), cfg.patch)
+
+
+def flops(
+  config: BackboneConfig, latent_shape: Sequence[int], text_tokens: int | Sequence[int]
+) -> dict[str, int]:
+  """Exact matmul FLOPs of one forward pass of one example, by part (2 for a multiply-add).
+
+  Args:
+    config: the model.
+    latent_shape: (T, H, W) of the latents.
+    text_tokens: number of context tokens, one for each entry of `config.context_widths`.
+
+  Returns:
+    FLOPs of "embedding", "self_attention" (projections), "self_scores" (the two products of the
+    attention itself), "cross_attention", "cross_scores", "mlp", "modulation", "head".
+  """
+  counts = [text_tokens] if isinstance(text_tokens, int) else list(text_tokens)
+  d, n, s = config.width, 1, sum(counts)
+  values = config.patch[0] * config.patch[1] * config.patch[2]
+  for size, patch in zip(latent_shape, config.patch, strict=True):
+    n *= size // patch
+  texts = sum(c * w for c, w in zip(counts, config.context_widths, strict=True))
+  return {
+    "embedding": 2 * d * (n * values * config.in_channels + texts),
+    "self_attention": config.layers * 2 * n * 4 * d * d,
+    "self_scores": config.layers * 4 * n * n * d,
+    "cross_attention": config.layers * 2 * (2 * n + 2 * s) * d * d,
+    "cross_scores": config.layers * 4 * n * s * d,
+    "mlp": config.layers * layers.mlp_flops(n, d, config.mlp_width, config.activation),
+    "modulation": 2 * d * (256 + d + 6 * d),
+    "head": 2 * n * d * values * config.out_channels,
+  }

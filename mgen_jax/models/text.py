@@ -1,0 +1,121 @@
+"""A byte-level text encoder, trained jointly with the generator. Needs no vocabulary file.
+
+Tokens are those of ByT5: 0 pads, 1 ends the text, byte b is b + 3. An empty caption is the one
+token "end", so that the unconditional branch of guidance always has a token to attend to.
+Not here: the pre-trained encoders of the paper (UL2, MetaCLIP, ByT5).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mgen_jax.models import layers
+from mgen_jax.parallel.attention import attention
+
+PAD, END, OFFSET = 0, 1, 3
+VOCABULARY = 256 + OFFSET
+
+
+def encode_bytes(texts: Sequence[str], length: int) -> np.ndarray:
+  """UTF-8 texts as int32 tokens [len(texts), length]; longer texts are cut, the end token kept."""
+  tokens = np.full((len(texts), length), PAD, np.int32)
+  for row, text in enumerate(texts):
+    data = np.frombuffer(text.encode("utf-8")[: length - 1], np.uint8)
+    tokens[row, : len(data)] = data.astype(np.int32) + OFFSET
+    tokens[row, len(data)] = END
+  return tokens
+
+
+def drop_captions(tokens: jax.Array, drop: jax.Array) -> jax.Array:
+  """Replaces the captions [B, S] where `drop` [B] is True by the empty caption."""
+  empty = jnp.zeros_like(tokens[0]).at[0].set(END)
+  return jnp.where(drop[:, None], empty, tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteEncoderConfig:
+  """Shape of the byte encoder; the defaults are the toy used by the quickstart."""
+
+  width: int = 128
+  layers: int = 2
+  heads: int = 4
+  mlp_width: int = 256
+  kernel: int = 7  # bytes seen by the convolution in front: about one word
+  max_length: int = 64
+  dtype: str = "float32"
+
+
+class EncoderBlock(nn.Module):
+  """A pre-norm transformer layer over the bytes; padding is never attended to."""
+
+  config: ByteEncoderConfig
+
+  @nn.compact
+  def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    cfg = self.config
+    batch, length, width = x.shape
+
+    def dense(axes, name):
+      return layers.Dense(width, axes, dtype=cfg.dtype, name=name)
+
+    y = layers.Norm(dtype=cfg.dtype, name="attention_norm")(x)
+    q, k, v = (
+      dense(("embed", "heads"), name)(y).reshape(batch, length, cfg.heads, -1)
+      for name in ("query", "key", "value")
+    )
+    y = attention(q, k, v, mask=mask).reshape(batch, length, width)
+    x = x + dense(("heads", "embed"), "out")(y)
+    y = layers.Norm(dtype=cfg.dtype, name="mlp_norm")(x)
+    axes = ("batch", "context_tokens", "act_mlp")
+    mlp = layers.MLP(cfg.mlp_width, "gelu", dtype=cfg.dtype, activation_axes=axes, name="mlp")
+    return x + mlp(y)
+
+
+class ByteEncoder(nn.Module):
+  """Bytes -> features: a convolution over neighbouring bytes, then transformer layers."""
+
+  config: ByteEncoderConfig
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Encodes int32 tokens [B, S] to features [B, S, width] and their mask [B, S] (True: text)."""
+    cfg = self.config
+    mask = tokens != PAD
+    table = self.param(
+      "embedding",
+      layers.partitioned(nn.initializers.normal(1.0), "vocab", "embed"),
+      (VOCABULARY, cfg.width),
+    )
+    x = jnp.take(table, tokens, axis=0).astype(cfg.dtype) * mask[..., None]
+    kernel = self.param(
+      "kernel",
+      layers.partitioned(layers.fan_in_init, None, None, "embed"),
+      (cfg.kernel, cfg.width, cfg.width),
+    )
+    half = cfg.kernel // 2
+    padded = jnp.pad(x, ((0, 0), (half, half), (0, 0)))[:, :, None]  # [B, S + k - 1, 1, D]
+    x = x + layers.convolve(padded, kernel.astype(cfg.dtype)[:, None], method="matmul")[:, :, 0]
+    positions = self.param(
+      "positions",
+      layers.partitioned(nn.initializers.normal(0.02), None, "embed"),
+      (cfg.max_length, cfg.width),
+    )
+    x = x + positions[: tokens.shape[1]].astype(cfg.dtype)
+    x = nn.with_logical_constraint(x, ("batch", "context_tokens", "act_embed"))
+    for index in range(cfg.layers):
+      x = EncoderBlock(cfg, name=f"layer_{index}")(x, mask)
+    return layers.Norm(dtype=cfg.dtype, name="norm")(x), mask
+
+
+def flops(config: ByteEncoderConfig, tokens: int) -> dict[str, int]:
+  """Matmul FLOPs of one forward pass over one text of `tokens` bytes, by part."""
+  width, per_layer = config.width, 2 * tokens
+  return {
+    "convolution": per_layer * config.kernel * width * width,
+    "attention": config.layers * (per_layer * 4 * width * width + 4 * tokens * tokens * width),
+    "mlp": config.layers * layers.mlp_flops(tokens, width, config.mlp_width, "gelu"),
+  }
