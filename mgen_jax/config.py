@@ -1,0 +1,335 @@
+"""The experiment schema: every allowed key, its default, and the checks across keys.
+
+An experiment file returns `experiment(name=..., data=..., stages=...)`: nested dicts with the keys
+that matter, in, a complete ConfigDict, out. `resolve` turns that (after overrides by flags) into
+frozen dataclasses. The configs of models and tasks stand beside their code; they meet here.
+Not here: the machine that checks types and spelling (see `schema.py`).
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import config_dict
+
+from mgen_jax import schema, tasks
+from mgen_jax.data.buckets import Bucket, parse_bucket
+from mgen_jax.data.marbles import WorldConfig
+from mgen_jax.errors import ConfigError, UserError
+from mgen_jax.parallel.mesh import MeshConfig
+from mgen_jax.training.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class MarblesConfig:
+  """The clips that are rendered where no folder of videos is given (see data/marbles)."""
+
+  clips: int = 1600
+  sizes: tuple[tuple[int, int], ...] = ((64, 64), (48, 80))  # (height, width), in turn
+  frames: tuple[int, ...] = (16, 24)  # in turn
+  fps: float = 8.0
+  sound: bool = True
+  world: WorldConfig = WorldConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where the media come from."""
+
+  videos: str | None = None  # a folder with captions (README, "Your own videos"); None: Marbles
+  marbles: MarblesConfig = MarblesConfig()
+  held_out: float = 0.05  # share of the clips that no stage trains on
+  fps: float | None = None  # sample clips at this rate; None: at their own
+  max_crop: float = 0.2  # share of the picture that fitting a clip to a bucket may lose
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketConfig:
+  """How one bucket takes part in a stage."""
+
+  batch: int = 8  # examples in one global batch
+  weight: float = 1.0  # its share of the steps is weight / sum of weights
+
+
+@dataclasses.dataclass(frozen=True)
+class IngestStage:
+  """Renders Marbles if asked to, probes all media, and writes the index of good clips."""
+
+  kind: str = "ingest"
+  workers: int = 0  # 0: one for each core
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeStage:
+  """Turns media into cached latents, one ArrayRecord folder for each bucket."""
+
+  kind: str = "encode"
+  autoencoder: str = "autoencoder"  # the stage that trained it
+  buckets: tuple[str, ...] = ()
+  batch: int = 16
+  shard_examples: int = 512  # records of one file
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStage:
+  """Trains a task for a number of steps."""
+
+  kind: str = "train"
+  task: Any = schema.one_of("name", lambda: tasks.CONFIGS)
+  steps: int = 1000
+  # By "b16x64x64": frames x height x width; the letter makes it a name that a flag can spell.
+  buckets: dict[str, BucketConfig] = dataclasses.field(default_factory=dict)
+  images_from_videos: bool = True  # frames of videos fill image buckets as well
+  latents: str | None = None  # the encode stage whose latents are read; None: media, decoded
+  init_from: str | None = None  # the stage whose averaged parameters this one starts from
+  optimizer: OptimizerConfig = OptimizerConfig()
+  ema_decay: float = 0.999
+  accumulate: int = 1  # passes of batch / accumulate examples for each optimizer step
+  mesh: MeshConfig = MeshConfig()
+  log_every: int = 50
+  validate_every: int = 0  # steps; 0: never
+  validate_batches: int = 4  # for each bucket
+  checkpoint_every: int = 500
+  keep: int = 2  # checkpoints
+  threads: int = 4  # that read and decode, on each host
+  workers: int = 0  # processes that read and decode, on each host; 0: threads only
+
+  def __post_init__(self):
+    for name in ("steps", "accumulate", "log_every", "checkpoint_every", "keep", "threads"):
+      if getattr(self, name) < 1:
+        raise ConfigError(f"{name} is {getattr(self, name)}: it must be 1 or more.")
+    if not 0 <= self.ema_decay < 1:
+      raise ConfigError(f"ema_decay is {self.ema_decay}: it must lie in [0, 1).")
+
+  def batches(self) -> dict[Bucket, BucketConfig]:
+    """The buckets, parsed, in a fixed order."""
+    return {parse_key(name): self.buckets[name] for name in sorted(self.buckets)}
+
+
+def parse_key(name: str) -> Bucket:
+  """The bucket of a key like "b16x64x64".
+
+  Raises:
+    UserError: it is not one.
+  """
+  if not name.startswith("b"):
+    raise ConfigError(f'its key must be "b" and frames x height x width: write "b{name}".')
+  return parse_bucket(name[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateStage:
+  """Samples held-out prompts, judges them, measures reconstruction, writes the report."""
+
+  kind: str = "evaluate"
+  generator: str = "t2v"  # the stage whose model is sampled
+  bucket: str = "16x64x64"  # shape of the samples
+  prompts: int = 96
+  batch: int = 32
+  clips: int = 48  # held-out clips for reconstruction
+  show: int = 24  # samples in the report
+
+
+STAGES = {
+  "ingest": IngestStage,
+  "train": TrainStage,
+  "encode": EncodeStage,
+  "evaluate": EvaluateStage,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """A recipe of stages over one set of data."""
+
+  name: str
+  seed: int = 0
+  recipe: tuple[str, ...] = ()  # the order of the stages (a ConfigDict sorts its keys)
+  data: DataConfig = DataConfig()
+  stages: dict[str, Any] = schema.one_of("kind", lambda: STAGES, each=True)
+
+
+def experiment(*, name: str, stages: Mapping[str, Any], **values: Any) -> config_dict.ConfigDict:
+  """A complete experiment from the keys that differ from the defaults.
+
+  Args:
+    name: of the experiment.
+    stages: by name, in the order in which they run; each a dict with a "kind".
+    **values: further keys of `Experiment`.
+
+  Returns:
+    A ConfigDict with every key, so that a flag can override any of them.
+
+  Raises:
+    ConfigError: an unknown key or a value of the wrong type.
+  """
+  values = {"name": name, "stages": stages, "recipe": tuple(stages), **values}
+  return schema.to_config_dict(schema.build(Experiment, values))
+
+
+def resolve(values: Mapping[str, Any] | config_dict.ConfigDict) -> Experiment:
+  """The typed experiment, checked as far as is possible without devices.
+
+  Raises:
+    ConfigError: a key or value that cannot be used, with its path and the fix.
+  """
+  made = schema.build(Experiment, values)
+  if set(made.recipe) != set(made.stages) or len(made.recipe) != len(made.stages):
+    raise ConfigError(
+      f"config.recipe {made.recipe} must name every stage once: {', '.join(sorted(made.stages))}."
+    )
+  for index, name in enumerate(made.recipe):
+    stage = made.stages[name]
+    if isinstance(stage, TrainStage):
+      _check_train(made, name, stage, made.recipe[:index])
+    elif isinstance(stage, EncodeStage):
+      _earlier(made, name, "autoencoder", stage.autoencoder, made.recipe[:index], "train")
+    elif isinstance(stage, EvaluateStage):
+      _earlier(made, name, "generator", stage.generator, made.recipe[:index], "train")
+      generator = made.stages[stage.generator]
+      _check_bucket(f"config.stages.{name}.bucket", generator, stage.bucket, parse_bucket)
+  return made
+
+
+def check_devices(made: Experiment, devices: int, processes: int) -> None:
+  """The checks that need the number of devices and hosts.
+
+  Raises:
+    ConfigError: a mesh that does not fit the devices, a batch that does not divide.
+  """
+  for name in made.recipe:
+    stage = made.stages[name]
+    if not isinstance(stage, TrainStage):
+      continue
+    path = f"config.stages.{name}"
+    try:
+      replica, fsdp, *_ = stage.mesh.sizes(devices)
+    except ConfigError as error:
+      raise ConfigError(f"{path}.mesh: {error}") from error
+    parts = replica * fsdp * stage.accumulate
+    for bucket, entry in stage.batches().items():
+      if entry.batch % parts or entry.batch % processes:
+        nearest = max(parts, round(entry.batch / parts) * parts)
+        raise ConfigError(
+          f"{path}.buckets.b{bucket.name}.batch is {entry.batch}, which does not divide into "
+          f"{replica * fsdp} batch shards x {stage.accumulate} accumulation passes on {devices} "
+          f"devices: set it to {nearest}."
+        )
+
+
+def to_json(made: Experiment) -> str:
+  """The resolved experiment, every key written out."""
+  return json.dumps(schema.to_plain(made), indent=2) + "\n"
+
+
+def from_json(path: str) -> Experiment:
+  """Reads what `to_json` wrote.
+
+  Raises:
+    UserError: the file is missing or is not an experiment of this version.
+  """
+  if not os.path.exists(path):
+    raise UserError(f"{path} does not exist: name the --workdir of a run that was started.")
+  with open(path, encoding="utf-8") as file:
+    try:
+      return resolve(json.load(file))
+    except (json.JSONDecodeError, ConfigError) as error:
+      raise UserError(
+        f"{path} is not an experiment of this version of mgen_jax ({error}): use the version that "
+        "wrote it, or start a new --workdir."
+      ) from error
+
+
+def _earlier(
+  made: Experiment, stage: str, key: str, target: str, before: tuple[str, ...], kind: str
+) -> Any:
+  """The stage that a key points to, which must come earlier and be of a kind."""
+  path = f"config.stages.{stage}.{key}"
+  candidates = [name for name in before if made.stages[name].kind == kind]
+  if target not in candidates:
+    raise ConfigError(
+      f'{path} is "{target}", which is not an earlier stage of kind "{kind}": '
+      f"{schema.suggest(target, candidates)}"
+    )
+  return made.stages[target]
+
+
+def _check_train(made: Experiment, name: str, stage: TrainStage, before: tuple[str, ...]) -> None:
+  path = f"config.stages.{name}"
+  if not stage.buckets:
+    raise ConfigError(f'{path}.buckets is empty: name at least one, like {{"b16x64x64": ...}}.')
+  for bucket, entry in stage.buckets.items():
+    if entry.batch < 1 or entry.weight <= 0:
+      raise ConfigError(f"{path}.buckets.{bucket}: batch and weight must be above 0.")
+    _check_bucket(f"{path}.buckets", stage, bucket, parse_key)
+  if stage.init_from is not None:
+    origin = _earlier(made, name, "init_from", stage.init_from, before, "train")
+    if type(origin.task) is not type(stage.task):
+      raise ConfigError(
+        f'{path}.init_from is "{stage.init_from}", which trains {origin.task.name}: it must train '
+        f"{stage.task.name}."
+      )
+  source = tasks.TASKS[stage.task.name].source
+  if source == "latents":
+    if stage.latents is None:
+      raise ConfigError(f"{path}.latents is not set: name the encode stage it reads from.")
+    encode = _earlier(made, name, "latents", stage.latents, before, "encode")
+    missing = {bucket.name for bucket in stage.batches()} - set(encode.buckets)
+    if missing:
+      raise ConfigError(
+        f"{path}.buckets has {', '.join(sorted(missing))}, which stage {stage.latents} does not "
+        f"encode: add it to config.stages.{stage.latents}.buckets."
+      )
+    autoencoder = made.stages[encode.autoencoder].task
+    stage.task.check_latents(autoencoder.model, path)
+  elif stage.latents is not None:
+    raise ConfigError(f"{path}.latents is set, but {stage.task.name} learns from media: unset it.")
+
+
+def _check_bucket(path: str, stage: TrainStage, name: str, parse: Callable[[str], Bucket]) -> None:
+  try:
+    stage.task.check_bucket(parse(name))
+  except UserError as error:
+    raise ConfigError(f"{path}: bucket {name}: {error}") from error
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+  """Keys (dotted) whose values differ, with both values; None stands for absent."""
+  a, b = schema.flatten(old), schema.flatten(new)
+  keys = sorted(set(itertools.chain(a, b)))
+  return {key: (a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)}
+
+
+def inputs_of(made: Experiment, name: str) -> tuple[str, ...]:
+  """The stages whose results a stage reads."""
+  stage = made.stages[name]
+  ingest = tuple(n for n in made.recipe if made.stages[n].kind == "ingest")
+  if isinstance(stage, EncodeStage):
+    return (*ingest, stage.autoencoder)
+  if isinstance(stage, TrainStage):
+    source = ingest if stage.latents is None else (stage.latents,)
+    return source if stage.init_from is None else (*source, stage.init_from)
+  if isinstance(stage, EvaluateStage):
+    generator = made.stages[stage.generator]
+    return (*ingest, generator.latents, stage.generator)
+  return ()
+
+
+def autoencoder_of(made: Experiment, name: str) -> str:
+  """The stage that trained the autoencoder whose latents a train stage reads."""
+  return made.stages[made.stages[name].latents].autoencoder
+
+
+def ingest_of(made: Experiment) -> str:
+  """The stage that made the index of clips.
+
+  Raises:
+    ConfigError: there is none.
+  """
+  for name in made.recipe:
+    if isinstance(made.stages[name], IngestStage):
+      return name
+  raise ConfigError(f'config.recipe {made.recipe} has no stage of kind "ingest": add one.')

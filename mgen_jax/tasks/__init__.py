@@ -1,0 +1,17 @@
+"""What is learned: one file for each capability, all with the methods of `base.Task`.
+
+To add one, write the file with a config dataclass (first field `name`) and a class, and list both
+here.
+"""
+
+from mgen_jax.tasks.autoencoder import AutoencoderTask, AutoencoderTaskConfig
+from mgen_jax.tasks.base import Task
+from mgen_jax.tasks.text_to_video import TextToVideo, TextToVideoConfig
+
+TASKS = {"autoencoder": AutoencoderTask, "text_to_video": TextToVideo}
+CONFIGS = {"autoencoder": AutoencoderTaskConfig, "text_to_video": TextToVideoConfig}
+
+
+def make(config: AutoencoderTaskConfig | TextToVideoConfig) -> Task:
+  """The task that a config describes."""
+  return TASKS[config.name](config)

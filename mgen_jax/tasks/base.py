@@ -1,0 +1,55 @@
+"""The Task protocol: what a capability must say so that one loop, one planner and one sampler
+serve it. No task is in here."""
+
+import dataclasses
+from typing import Any, Literal, Protocol
+
+import jax
+import numpy as np
+
+from mgen_jax.data.buckets import Bucket
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
+  """One entry of a batch: its shape (batch first), dtype and logical axis names."""
+
+  shape: tuple[int, ...]
+  dtype: Any
+  axes: tuple[str | None, ...]
+
+
+class Task(Protocol):
+  """WHAT is learned. A task holds its config and modules, never arrays.
+
+  All methods but `prepare` are pure and traceable. `keys` holds one random key for each example,
+  so that the noise of an example depends neither on the mesh nor on gradient accumulation.
+  """
+
+  config: Any
+  source: Literal["media", "latents"]  # what kind of records it learns from
+
+  def init(self, key: jax.Array) -> Any:
+    """Random parameters, in boxes that carry logical axis names."""
+
+  def loss(
+    self, params: Any, batch: dict[str, jax.Array], keys: jax.Array
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean loss over the batch and scalar metrics. `keys` is [batch]."""
+
+  def sample(
+    self, params: Any, batch: dict[str, jax.Array], keys: jax.Array, bucket: Bucket, **options: Any
+  ) -> jax.Array:
+    """What the task makes of its conditions, one result for each key."""
+
+  def batch_spec(self, bucket: Bucket, examples: int) -> dict[str, ArraySpec]:
+    """The entries of a batch of `examples` examples of a bucket."""
+
+  def flops(self, bucket: Bucket) -> float:
+    """Exact model FLOPs of training on one example (forward and backward, no recomputation)."""
+
+  def tokens(self, bucket: Bucket) -> int:
+    """Positions that the model works on for one example, the unit of tokens/s."""
+
+  def prepare(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Turns one record (see `data/records.py`) into its row of the batch, on the host."""

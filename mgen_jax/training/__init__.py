@@ -1,0 +1,1 @@
+"""How a task is trained: loop, step, state, optimizer, checkpoints, metrics. Knows no model."""

@@ -1,0 +1,137 @@
+"""The data of a train stage: from what earlier stages left on disk to a `loop.Stream`."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from mgen_jax import config as config_lib
+from mgen_jax.config import TrainStage
+from mgen_jax.data import ingest, pipeline, records
+from mgen_jax.data.buckets import Bucket
+from mgen_jax.errors import UserError
+from mgen_jax.tasks.base import Task
+from mgen_jax.training import loop
+from mgen_jax.workdir import Workdir, read_json
+
+STATISTICS_NAME = "statistics.json"  # of the encode stage: mean and std of each latent channel
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+  """The transform of the pipeline: what the task makes of an example, latents normalised.
+
+  A class and not a closure, so that worker processes can have it.
+  """
+
+  task: Task
+  latents: Mapping[str, Any] | None = None  # {"mean": [C], "std": [C], ...}
+
+  def __call__(self, example: dict[str, Any], rng: np.random.Generator | None) -> dict[str, Any]:
+    del rng
+    if self.latents is not None:
+      mean, std = (np.asarray(self.latents[key], np.float32) for key in ("mean", "std"))
+      example = {**example, "latents": (example["mean"].astype(np.float32) - mean) / std}
+    return self.task.prepare(example)
+
+
+def make_stream(work: Workdir, name: str, task: Task) -> tuple[loop.Stream, dict[str, Any] | None]:
+  """The stream of train stage `name`, and the statistics of its latents (None for media).
+
+  Raises:
+    UserError: no bucket has an example, or what an earlier stage left cannot be read.
+  """
+  stage = work.experiment.stages[name]
+  latents = None
+  if stage.latents is None:
+    train, held_out = _media_sources(work, stage)
+  else:
+    latents = read_json(work.folder(stage.latents) / STATISTICS_NAME)
+    train, held_out = _latent_sources(work, stage)
+  buckets = _with_examples(name, stage, train)
+  common = {
+    "process_index": jax.process_index(),
+    "process_count": jax.process_count(),
+    "threads": stage.threads,
+    "transform": Prepare(task, latents),
+  }
+
+  def start(step: int) -> pipeline.Stream:
+    return pipeline.make_stream(
+      {bucket: train[bucket] for bucket in buckets},
+      batch_sizes={bucket: entry.batch for bucket, entry in buckets.items()},
+      weights={bucket: entry.weight for bucket, entry in buckets.items()},
+      seed=work.experiment.seed,
+      start_step=step,
+      workers=stage.workers,
+      **common,
+    )
+
+  def validation() -> Iterator[tuple[Bucket, dict[str, np.ndarray]]]:
+    sources = {bucket: held_out[bucket] for bucket in buckets if len(held_out[bucket])}
+    seen = dict.fromkeys(sources, 0)
+    with pipeline.make_ordered_stream(
+      sources, batch_sizes={bucket: buckets[bucket].batch for bucket in sources}, **common
+    ) as stream:
+      for bucket, batch in stream:
+        del batch["valid"]  # a last batch repeats an example: still the same every time
+        seen[bucket] += 1
+        if seen[bucket] <= stage.validate_batches:
+          yield bucket, batch
+
+  sizes = {bucket: entry.batch for bucket, entry in buckets.items()}
+  return loop.Stream(sizes, start, validation), latents
+
+
+def _media_sources(work: Workdir, stage: TrainStage) -> tuple[dict, dict]:
+  """Sources of the training and of the held-out clips, by bucket."""
+  data = work.experiment.data
+  index = ingest.load(work.folder(config_lib.ingest_of(work.experiment)))
+  both = []
+  for split in ("train", "held_out"):
+    sources, groups = pipeline.media_sources(
+      index,
+      list(stage.batches()),
+      split=split,
+      images_from_videos=stage.images_from_videos,
+      fps=data.fps,
+      max_crop=data.max_crop,
+    )
+    both.append(sources)
+    if split == "train":
+      logging.info("clips by bucket:\n%s", groups.table())
+  return both[0], both[1]
+
+
+def _latent_sources(work: Workdir, stage: TrainStage) -> tuple[dict, dict]:
+  """The same from the records of the encode stage."""
+  both = []
+  for split in ("train", "held_out"):
+    sources = {}
+    for bucket in stage.batches():
+      folder = work.folder(stage.latents) / split / bucket.name
+      sources[bucket] = pipeline.LatentSource(records.open_records(folder))
+    both.append(sources)
+  return both[0], both[1]
+
+
+def _with_examples(
+  name: str, stage: TrainStage, sources: Mapping[Bucket, pipeline.Source]
+) -> dict[Bucket, config_lib.BucketConfig]:
+  """The buckets that can be trained on; a user's videos need not fill all."""
+  kept = {}
+  for bucket, entry in stage.batches().items():
+    if len(sources[bucket]):
+      kept[bucket] = entry
+    else:
+      logging.warning("stage %s: bucket %s has no examples and is left out", name, bucket.name)
+  if not kept:
+    raise UserError(
+      f"no clip fits a bucket of stage {name} ({', '.join(sorted(stage.buckets))}): set "
+      f"config.stages.{name}.buckets to lengths and shapes that the videos have, or raise "
+      "config.data.max_crop."
+    )
+  return kept

@@ -1,0 +1,204 @@
+"""The training loop. One loop trains every task; this file reads from top to bottom.
+
+A run starts in one of three ways, tried in this order:
+  1. this stage has a checkpoint: continue from it, bit for bit, data order included;
+  2. the stage says `init_from` another: start at step 0 from that stage's averaged parameters;
+  3. else: start at step 0 from random parameters.
+
+Not here: what is learned (`tasks/`), the step itself (`step.py`), what a stage is (`runner.py`).
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from absl import logging
+
+from mgen_jax.config import TrainStage
+from mgen_jax.data.buckets import Bucket
+from mgen_jax.parallel import mesh as mesh_lib
+from mgen_jax.parallel import rules
+from mgen_jax.tasks.base import Task
+from mgen_jax.training import metrics as metrics_lib
+from mgen_jax.training import optimizer as optimizer_lib
+from mgen_jax.training import state as state_lib
+from mgen_jax.training import step as step_lib
+from mgen_jax.training.checkpoint import CheckpointError, Checkpoints
+from mgen_jax.training.interrupt import Interrupted, StopSignal
+from mgen_jax.training.meter import Meter
+
+Rows = tuple[Bucket, dict[str, np.ndarray]]  # a bucket and this host's rows of a batch
+
+
+class Batches(Protocol):
+  """An endless iterator of training batches (`data.pipeline.Stream` is one)."""
+
+  fingerprint: str  # of everything that decides the order of examples
+
+  def __iter__(self) -> "Batches": ...
+
+  def __next__(self) -> Rows: ...
+
+  def close(self) -> None: ...
+
+
+class Stream(NamedTuple):
+  """Where batches come from."""
+
+  batch_sizes: Mapping[Bucket, int]  # global
+  open: Callable[[int], Batches]  # from a step on
+  validation: Callable[[], Iterator[Rows]]  # held out, finite, always the same
+
+
+def train(
+  task: Task,
+  config: TrainStage,
+  stream: Stream,
+  mesh: jax.sharding.Mesh,
+  *,
+  name: str,
+  seed: int,
+  folder: str,
+  meta: dict[str, Any],
+  load_initial: Callable[[Any, Any], Any] | None = None,
+) -> float:
+  """Trains a stage to its last step, or continues to train it.
+
+  Args:
+    task: what is learned.
+    config: of the stage.
+    stream: its data.
+    mesh: the devices.
+    name: of the stage, for messages.
+    seed: of the run.
+    folder: of the stage; checkpoints, metrics and TensorBoard files go there.
+    meta: saved in every checkpoint: what is needed to use it later.
+    load_initial: (shapes, shardings) -> parameters to start from; None for random ones.
+
+  Returns:
+    Seconds that this stage has taken, earlier runs of it included.
+
+  Raises:
+    NotFiniteError: a loss or gradient that is not finite.
+    CheckpointError: a checkpoint that cannot be read or written.
+    Interrupted: on SIGINT or SIGTERM, after saving.
+  """
+  began = time.perf_counter()
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(mesh_lib.use(mesh))
+    stop = stack.enter_context(StopSignal())
+    checkpoints = stack.enter_context(Checkpoints(f"{folder}/checkpoints", keep=config.keep))
+    optimizer = optimizer_lib.make_optimizer(config.optimizer, config.steps)
+    shapes = state_lib.shapes(task, optimizer)
+    layout = state_lib.shardings(task, optimizer, mesh)
+    train_step = step_lib.make_train_step(
+      task,
+      optimizer,
+      optimizer_lib.make_schedule(config.optimizer, config.steps),
+      layout,
+      seed=seed,
+      accumulate=config.accumulate,
+      ema_decay=config.ema_decay,
+    )
+    validate = step_lib.make_validation(task, seed=seed)
+
+    # Restore.
+    start, seconds_before = 0, 0.0
+    if checkpoints.latest_step() is not None:
+      restored = checkpoints.restore(shapes, layout)
+      start, state = restored.step, restored.state
+      seconds_before = restored.meta["seconds"]
+      logging.info("stage %s continues from step %d of %d", name, start, config.steps)
+    else:
+      initial = load_initial(shapes.params, layout.params) if load_initial else None
+      state = state_lib.initialise(task, optimizer, layout, seed, initial)
+
+    batches = stack.enter_context(contextlib.closing(stream.open(start)))
+    if start:
+      _check_data(restored.data, batches, checkpoints.folder)
+    if start < config.steps:
+      train_step = step_lib.compile_for(
+        train_step,
+        state_lib.with_layout(shapes, layout),
+        _batch_shapes(task, stream.batch_sizes, mesh),
+      )
+    metrics = stack.enter_context(
+      metrics_lib.Metrics(folder, name, steps=config.steps, start_step=start)
+    )
+    meter = Meter(task, metrics, checkpoints, name, config.log_every)
+
+    # Evaluate if due -> save if due -> next batch -> step -> log the steps before.
+    saved = start
+    for step in range(start, config.steps + 1):
+      last = step == config.steps
+      signum = stop.received(step, config.log_every)
+      if step > start and _due(step, config.validate_every, last):
+        losses = [
+          validate(state.ema, _to_devices(batch, mesh), index)
+          for index, (_, batch) in enumerate(stream.validation())
+        ]
+        metrics.write(step, {"validation_loss": float(np.mean(jax.device_get(losses)))})
+      if step > saved and (_due(step, config.checkpoint_every, last) or signum):
+        meter.flush()  # stops here rather than save a state that went wrong
+        data = {"step": step, "seed": seed, "fingerprint": batches.fingerprint}
+        seconds = seconds_before + time.perf_counter() - began
+        checkpoints.save(step, state, data, {**meta, "seconds": seconds})
+        saved = step
+      if signum:
+        checkpoints.wait()
+        raise Interrupted(signum, name, step)
+      if last:
+        break
+      with meter.waiting():
+        bucket, rows = next(batches)
+      state, values = train_step[bucket](state, _to_devices(rows, mesh))
+      meter.after(step + 1, bucket, stream.batch_sizes[bucket], values)
+  return seconds_before + time.perf_counter() - began
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+  """Whether something that happens every so many steps (0: never) and at the end is due."""
+  return every > 0 and (step % every == 0 or last)
+
+
+def _batch_shapes(
+  task: Task, batch_sizes: Mapping[Bucket, int], mesh: jax.sharding.Mesh
+) -> dict[Bucket, dict[str, jax.ShapeDtypeStruct]]:
+  """The batch of each bucket as shapes, dtypes and shardings."""
+  return {
+    bucket: {
+      name: jax.ShapeDtypeStruct(
+        spec.shape, spec.dtype, sharding=_batch_sharding(mesh, len(spec.shape))
+      )
+      for name, spec in task.batch_spec(bucket, examples).items()
+    }
+    for bucket, examples in batch_sizes.items()
+  }
+
+
+def _batch_sharding(mesh: jax.sharding.Mesh, rank: int) -> jax.sharding.NamedSharding:
+  return rules.sharding(mesh, ("batch",) + (None,) * (rank - 1))
+
+
+def _to_devices(rows: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+  """This host's rows of a batch as parts of global arrays, split over the batch axes."""
+  processes = jax.process_count()
+
+  def one(x: np.ndarray) -> jax.Array:
+    shape = (x.shape[0] * processes, *x.shape[1:])
+    return jax.make_array_from_process_local_data(_batch_sharding(mesh, x.ndim), x, shape)
+
+  return jax.tree.map(one, rows)
+
+
+def _check_data(data: dict[str, Any], batches: Batches, folder: str) -> None:
+  """Refuses to continue on other data: the order of examples would silently change."""
+  if data["fingerprint"] != batches.fingerprint:
+    raise CheckpointError(
+      f"the checkpoint in {folder} was trained on other data, buckets, batch sizes or another seed "
+      f"({data['fingerprint'][:8]} there, {batches.fingerprint[:8]} here): restore them, or use "
+      "another --workdir."
+    )

@@ -1,0 +1,122 @@
+"""From the outputs of steps to log lines, one step late, so that the devices never wait for it."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from mgen_jax.data.buckets import Bucket
+from mgen_jax.errors import UserError
+from mgen_jax.parallel import hardware
+from mgen_jax.tasks.base import Task
+from mgen_jax.training import metrics as metrics_lib
+from mgen_jax.training.checkpoint import Checkpoints
+
+Values = dict[str, jax.Array]
+
+# Steps that may be queued on the devices: enough that they never idle, few enough that batches
+# do not pile up in memory.
+MAX_IN_FLIGHT = 2
+
+
+class NotFiniteError(UserError):
+  """A loss or a gradient that is not finite."""
+
+
+class Meter:
+  """Gathers what happens between two log lines."""
+
+  def __init__(
+    self,
+    task: Task,
+    metrics: metrics_lib.Metrics,
+    checkpoints: Checkpoints,
+    stage: str,
+    log_every: int,
+  ):
+    self._task, self._metrics, self._checkpoints = task, metrics, checkpoints
+    self._stage, self._log_every = stage, log_every
+    self._interval = _Interval()
+    self._due: _Interval | None = None  # complete, but its last steps may still be running
+    self._written = time.perf_counter()  # when the last line was
+    self._waited = 0.0  # seconds for data since then
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    """Around the wait for a batch."""
+    began = time.perf_counter()
+    yield
+    self._waited += time.perf_counter() - began
+
+  def after(self, step: int, bucket: Bucket, examples: int, values: Values) -> None:
+    """Step number `step` on a batch of `examples` is queued; `values` are its metrics to come.
+
+    Raises:
+      NotFiniteError: an earlier step's loss or gradient was not finite.
+    """
+    interval = self._interval
+    interval.values.append(values)
+    interval.examples += examples
+    interval.tokens += examples * self._task.tokens(bucket)
+    interval.flops += examples * self._task.flops(bucket)
+    self._write_due()
+    if step % self._log_every == 0:
+      interval.step = step
+      self._due, self._interval = interval, _Interval()
+    elif len(interval.values) > MAX_IN_FLIGHT:
+      jax.block_until_ready(interval.values[-1 - MAX_IN_FLIGHT])
+    self._metrics.advance(step)
+
+  def flush(self) -> None:
+    """Writes the line that is due and checks all steps so far.
+
+    Raises:
+      NotFiniteError: a loss or gradient was not finite.
+    """
+    self._write_due()
+    if self._interval.values:
+      self._check(jax.device_get(self._interval.values[-1]))
+
+  def _write_due(self) -> None:
+    if self._due is None:
+      return
+    interval, self._due = self._due, None
+    values = jax.device_get(interval.values)
+    self._check(values[-1])
+    now = time.perf_counter()
+    seconds = max(now - self._written, 1e-6)
+    peak = hardware.peak_flops(jax.devices()[0])
+    line = {name: float(np.mean([v[name] for v in values])) for name in values[-1]}
+    del line["nonfinite_step"]
+    line["lr"] = float(values[-1]["lr"])
+    line["examples_per_second"] = interval.examples / seconds
+    line["tokens_per_second"] = interval.tokens / seconds
+    line["mfu"] = interval.flops / seconds / (peak * jax.device_count()) if peak else None
+    line["data_wait"] = min(1.0, self._waited / seconds)
+    line["peak_memory_gib"] = metrics_lib.peak_memory_gib()
+    self._metrics.write(interval.step, line)
+    self._written, self._waited = now, 0.0
+
+  def _check(self, values: dict[str, np.ndarray]) -> None:
+    bad = int(values["nonfinite_step"])
+    if bad < 0:
+      return
+    good = self._checkpoints.latest_step()
+    last = f"its last good checkpoint is step {good}" if good is not None else "no checkpoint yet"
+    raise NotFiniteError(
+      f"stage {self._stage}: the loss or the gradient of step {bad + 1} is not finite ({last} in "
+      f"{self._checkpoints.folder}): lower optimizer.lr or optimizer.clip_norm, lengthen "
+      "optimizer.warmup_steps, or look for bad data, and run the same command again."
+    )
+
+
+class _Interval:
+  """Sums since the last log line."""
+
+  def __init__(self):
+    self.step = 0
+    self.values: list[Values] = []
+    self.examples = self.tokens = 0
+    self.flops = 0.0

@@ -1,0 +1,71 @@
+"""A train stage of an experiment: gathers what the loop needs, and finds what it has made."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+
+from mgen_jax import schema, tasks
+from mgen_jax.parallel import mesh as mesh_lib
+from mgen_jax.tasks.base import Task
+from mgen_jax.training import inputs, loop
+from mgen_jax.training import state as state_lib
+from mgen_jax.training.checkpoint import Checkpoints
+from mgen_jax.workdir import Workdir
+
+
+def run(work: Workdir, name: str) -> None:
+  """Trains stage `name`, or continues to; marks it as done.
+
+  Raises:
+    UserError: its inputs, checkpoint or numbers cannot be used (see `loop.train`).
+    Interrupted: it was asked to stop, and has saved.
+  """
+  stage = work.experiment.stages[name]
+  task = tasks.make(stage.task)
+  mesh = mesh_lib.make_mesh(stage.mesh)
+  stream, latents = inputs.make_stream(work, name, task)
+  meta = {
+    "experiment": work.experiment.name,
+    "stage": name,
+    "task": schema.to_plain(stage.task),
+    "latents": latents,
+  }
+  load_initial = None
+  if stage.init_from is not None:
+    logging.info("stage %s starts from the averaged parameters of %s", name, stage.init_from)
+    load_initial = functools.partial(_load_ema, work.folder(stage.init_from))
+  seconds = loop.train(
+    task,
+    stage,
+    stream,
+    mesh,
+    name=name,
+    seed=work.experiment.seed,
+    folder=str(work.folder(name)),
+    meta=meta,
+    load_initial=load_initial,
+  )
+  work.finish(name, seconds, steps=stage.steps)
+
+
+def load_trained(
+  work: Workdir, name: str, mesh: jax.sharding.Mesh
+) -> tuple[Task, Any, dict[str, Any]]:
+  """The task of a train stage, its averaged parameters on `mesh`, and its checkpoint's meta.
+
+  Raises:
+    CheckpointError: there is no checkpoint, it is damaged or of another model.
+  """
+  task = tasks.make(work.experiment.stages[name].task)
+  layout = state_lib.param_shardings(task, mesh)
+  params = _load_ema(work.folder(name), state_lib.param_shapes(task), layout)
+  with Checkpoints(str(work.folder(name) / "checkpoints"), read_only=True) as checkpoints:
+    return task, params, checkpoints.read_meta()
+
+
+def _load_ema(folder: Path, shapes: Any, layout: Any) -> Any:
+  with Checkpoints(str(folder / "checkpoints"), read_only=True) as checkpoints:
+    return checkpoints.restore_ema(shapes, layout)

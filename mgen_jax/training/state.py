@@ -1,0 +1,119 @@
+"""The training state: what a checkpoint holds, how it starts and where each leaf lives.
+
+No random key lives here: randomness is a function of (seed, stream name, step, example), see
+`stream_key` and `example_keys`.
+"""
+
+import zlib
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from mgen_jax.parallel import rules
+from mgen_jax.tasks.base import Task
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that a step changes. `params`, `ema` and the moments are fp32, sharded alike."""
+
+  step: jax.Array  # int32 []: steps done
+  params: Any
+  opt_state: Any
+  ema: Any  # exponential moving average of params
+  nonfinite_step: jax.Array  # int32 []: the first step whose update was not finite, or -1
+
+
+def stream_key(seed: int, stream: str, step: int | jax.Array) -> jax.Array:
+  """The key of a named random stream at a step."""
+  key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stream.encode()))
+  return jax.random.fold_in(key, step)
+
+
+def example_keys(seed: int, stream: str, step: int | jax.Array, examples: int) -> jax.Array:
+  """One key for each example of the global batch, [examples]: the same on every mesh."""
+  return jax.random.split(stream_key(seed, stream, step), examples)
+
+
+def init_params(task: Task, key: jax.Array) -> Any:
+  """Random parameters, unboxed, fp32: the master weights."""
+  return jax.tree.map(lambda p: p.astype(jnp.float32), nn.unbox(task.init(key)))
+
+
+def param_shapes(task: Task) -> Any:
+  """Shapes and dtypes of the parameters; nothing is computed."""
+  return jax.eval_shape(lambda: init_params(task, jax.random.key(0)))
+
+
+def param_shardings(task: Task, mesh: jax.sharding.Mesh) -> Any:
+  """Where each parameter lies."""
+  return rules.tree_shardings(mesh, jax.eval_shape(lambda: task.init(jax.random.key(0))))
+
+
+def create(task: Task, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+  """The state of step 0 (to be called inside `jit` or `eval_shape`)."""
+  params = init_params(task, key)
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    ema=jax.tree.map(jnp.copy, params),
+    nonfinite_step=jnp.full((), -1, jnp.int32),
+  )
+
+
+def shapes(task: Task, optimizer: optax.GradientTransformation) -> TrainState:
+  """The state as shapes and dtypes; nothing is computed."""
+  return jax.eval_shape(lambda: create(task, optimizer, jax.random.key(0)))
+
+
+def shardings(
+  task: Task, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
+  """The sharding of each leaf: moments and EMA lie where their parameter lies."""
+  params = param_shardings(task, mesh)
+  whole = rules.replicated(mesh)
+  opt_state = optax.tree.map_params(
+    optimizer,
+    lambda _, sharding: sharding,
+    shapes(task, optimizer).opt_state,
+    params,
+    transform_non_params=lambda _: whole,
+  )
+  return TrainState(
+    step=whole, params=params, opt_state=opt_state, ema=params, nonfinite_step=whole
+  )
+
+
+def with_layout(shapes: Any, layout: Any) -> Any:
+  """Shapes and shardings as one tree: what is to be restored, or compiled for."""
+  return jax.tree.map(
+    lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, layout
+  )
+
+
+def initialise(
+  task: Task,
+  optimizer: optax.GradientTransformation,
+  layout: TrainState,
+  seed: int,
+  params: Any | None = None,
+) -> TrainState:
+  """The state of step 0 on the devices.
+
+  Args:
+    task: what is learned.
+    optimizer: its optimizer.
+    layout: from `shardings`.
+    seed: of the run.
+    params: start from these parameters (already on the devices) and not from random ones.
+  """
+  make = jax.jit(lambda: create(task, optimizer, stream_key(seed, "init", 0)), out_shardings=layout)
+  state = make()
+  if params is not None:
+    state = state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
+  return state

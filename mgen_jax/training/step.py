@@ -1,0 +1,145 @@
+"""One optimizer step, as a pure function of (state, batch): the only code in the hot loop."""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent import futures
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import logging
+
+from mgen_jax.data.buckets import Bucket
+from mgen_jax.parallel import rules
+from mgen_jax.tasks.base import Task
+from mgen_jax.training import state as state_lib
+from mgen_jax.training.state import TrainState
+
+Batch = dict[str, jax.Array]
+
+
+def loss_and_gradients(
+  task: Task, params: Any, batch: Batch, keys: jax.Array, accumulate: int
+) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+  """Mean loss, metrics and gradients over a batch, in `accumulate` passes of equal size.
+
+  Every example has its own key, so the split changes the order of summation and nothing else.
+  """
+  gradient = jax.value_and_grad(task.loss, has_aux=True)
+  if accumulate == 1:
+    (loss, metrics), gradients = gradient(params, batch, keys)
+    return loss, metrics, gradients
+
+  def split(x):  # [B, ...] -> [accumulate, B / accumulate, ...]
+    # Rows i::accumulate form pass i, so that each device keeps the rows that it already holds.
+    return jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
+
+  passes = jax.tree.map(split, (batch, keys))
+
+  def one_pass(total, inputs):
+    (loss, metrics), gradients = gradient(params, *inputs)
+    return jax.tree.map(jnp.add, total, (loss, metrics, gradients)), None
+
+  first = jax.tree.map(lambda x: x[0], passes)
+  shapes = jax.eval_shape(lambda p, x: gradient(p, *x), params, first)
+  (loss, metrics), gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  total, _ = jax.lax.scan(one_pass, (loss, metrics, gradients), passes)
+  return jax.tree.map(lambda x: x / accumulate, total)
+
+
+def make_train_step(
+  task: Task,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  layout: TrainState,
+  *,
+  seed: int,
+  accumulate: int,
+  ema_decay: float,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+  """The step; the state is donated. Compiled once for each bucket by `compile_for`.
+
+  The state is kept as it was when the loss or the gradient is not finite, and the step is noted
+  in `nonfinite_step`: the loop sees it when it next reads metrics, with nothing spoilt.
+
+  Args:
+    task: what is learned.
+    optimizer: from `make_optimizer`.
+    schedule: its learning rate, for the metrics.
+    layout: shardings of the state.
+    seed: of the run; the stream "train" of it is used.
+    accumulate: number of passes over equal parts of the batch.
+    ema_decay: of the parameters; it is warmed up as (1 + step) / (10 + step).
+
+  Returns:
+    step(state, batch) -> (state, metrics), all metrics fp32 scalars.
+  """
+
+  def train_step(state: TrainState, batch: Batch):
+    examples = jax.tree.leaves(batch)[0].shape[0]
+    keys = state_lib.example_keys(seed, "train", state.step, examples)
+    loss, metrics, gradients = loss_and_gradients(task, state.params, batch, keys, accumulate)
+    norm = optax.tree.norm(gradients)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    count = state.step.astype(jnp.float32)
+    decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
+    ema = optax.incremental_update(params, state.ema, 1 - decay)
+
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    new = (params, opt_state, ema)
+    old = (state.params, state.opt_state, state.ema)
+    params, opt_state, ema = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    first_bad = jnp.where((state.nonfinite_step < 0) & ~finite, state.step, state.nonfinite_step)
+    metrics = {
+      **metrics,
+      "loss": loss,
+      "grad_norm": norm,
+      "lr": jnp.asarray(schedule(state.step), jnp.float32),
+      "nonfinite_step": first_bad,
+    }
+    return TrainState(state.step + 1, params, opt_state, ema, first_bad), metrics
+
+  mesh = layout.step.mesh
+  return jax.jit(train_step, donate_argnums=0, out_shardings=(layout, rules.replicated(mesh)))
+
+
+def compile_for(
+  train_step: Callable[..., Any],
+  state: TrainState,
+  batches: Mapping[Bucket, Mapping[str, jax.ShapeDtypeStruct]],
+) -> dict[Bucket, Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]]:
+  """Compiles the step for every bucket before the first one runs, side by side.
+
+  So a rare bucket cannot stall a run in the middle, nothing can compile twice, and a program that
+  does not fit the memory fails at once.
+
+  Args:
+    train_step: from `make_train_step`.
+    state: shapes, dtypes and shardings.
+    batches: likewise, of each bucket.
+
+  Returns:
+    The compiled step of each bucket.
+  """
+  began = time.perf_counter()
+  # Tracing holds Python's lock and depends on the mesh in use; only XLA's part runs side by side.
+  lowered = {bucket: train_step.lower(state, dict(batch)) for bucket, batch in batches.items()}
+  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    compiled = dict(zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True))
+  seconds = time.perf_counter() - began
+  logging.info("compiled the step for %d buckets in %.1f s", len(compiled), seconds)
+  return compiled
+
+
+def make_validation(task: Task, *, seed: int) -> Callable[[Any, Batch, jax.Array], jax.Array]:
+  """loss(params, batch, index) with noise that depends on the batch's index only."""
+
+  def validation(params, batch, index):
+    examples = jax.tree.leaves(batch)[0].shape[0]
+    keys = state_lib.example_keys(seed, "validation", index, examples)
+    return task.loss(params, batch, keys)[0]
+
+  return jax.jit(validation)

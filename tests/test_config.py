@@ -1,0 +1,122 @@
+"""What an experiment may say, and what is said back when it says something else."""
+
+import dataclasses
+
+import pytest
+
+from mgen_jax import config
+from mgen_jax.errors import ConfigError
+
+MODEL = {
+  "layers": 1, "width": 16, "heads": 2, "mlp_width": 32, "context_widths": (16,),
+  "max_positions": (2, 4, 4), "dtype": "float32", "remat": "none",
+}  # fmt: skip
+GENERATOR = {
+  "name": "text_to_video",
+  "model": MODEL,
+  "text": {"width": 16, "heads": 2, "layers": 1, "mlp_width": 16},
+}
+AUTOENCODER = {
+  "name": "autoencoder",
+  "model": {"channels": 8, "multipliers": (1, 1, 1, 1), "groups": 4, "res_blocks": 1},
+}
+
+
+def stages(**changes):
+  made = {
+    "ingest": {"kind": "ingest"},
+    "autoencoder": {"kind": "train", "task": AUTOENCODER, "buckets": {"b16x32x32": {"batch": 8}}},
+    "encode": {"kind": "encode", "buckets": ("1x32x32", "16x32x32")},
+    "t2i": {
+      "kind": "train", "task": GENERATOR, "latents": "encode",
+      "buckets": {"b1x32x32": {"batch": 8}},
+    },
+    "t2v": {
+      "kind": "train", "task": GENERATOR, "latents": "encode", "init_from": "t2i",
+      "buckets": {"b16x32x32": {"batch": 8}},
+    },
+    "evaluate": {"kind": "evaluate", "bucket": "16x32x32"},
+  }  # fmt: skip
+  for name, change in changes.items():
+    made[name] = {**made[name], **change}
+  return made
+
+
+def resolve(**changes):
+  return config.resolve(config.experiment(name="test", stages=stages(**changes)))
+
+
+def test_an_experiment_is_complete_and_keeps_the_order_of_its_stages():
+  values = config.experiment(name="test", stages=stages())
+  assert values.stages.t2v.optimizer.lr == 1e-4  # a default, there to be overridden
+  assert values.recipe == ("ingest", "autoencoder", "encode", "t2i", "t2v", "evaluate")
+  made = config.resolve(values)
+  assert made.stages["t2v"].task.model.width == 16
+  assert dataclasses.is_dataclass(made.data.marbles.world)
+
+
+def test_an_experiment_survives_json(tmp_path):
+  made = resolve()
+  path = tmp_path / "config.json"
+  path.write_text(config.to_json(made))
+  assert config.from_json(str(path)) == made
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"t2v": {"optimzer": {}}}, ["config.stages.t2v.optimzer", '"optimizer"']),
+    ({"t2v": {"optimizer": {"learning_rate": 1.0}}}, ["optimizer.learning_rate", "known:", " lr,"]),
+    ({"t2v": {"steps": 1.5}}, ["config.stages.t2v.steps", "1.5", "whole number"]),
+    ({"t2v": {"steps": True}}, ["config.stages.t2v.steps", "True"]),
+    ({"t2v": {"steps": 0}}, ["config.stages.t2v", "steps is 0"]),
+    ({"t2v": {"optimizer": {"lr": "high"}}}, ["config.stages.t2v.optimizer.lr", "'high'"]),
+    ({"t2v": {"optimizer": {"b2": 1.0}}}, ["config.stages.t2v.optimizer", "b2 is 1.0"]),
+    ({"t2v": {"optimizer": {"schedule": "cosin"}}}, ["optimizer.schedule", '"cosine"']),
+    ({"t2v": {"kind": "trian"}}, ["config.stages.t2v.kind", '"train"']),
+    ({"t2v": {"task": {**GENERATOR, "name": "text_to_vidoe"}}}, ['"text_to_video"']),
+    ({"t2v": {"init_from": "t2x"}}, ["init_from", '"t2i"']),
+    ({"t2v": {"init_from": "autoencoder"}}, ["init_from", "autoencoder", "text_to_video"]),
+    ({"t2i": {"init_from": "t2v"}}, ["init_from", "not an earlier stage"]),
+    ({"t2v": {"latents": None}}, ["config.stages.t2v.latents is not set"]),
+    ({"autoencoder": {"latents": "encode"}}, ["config.stages.autoencoder.latents"]),
+    ({"t2v": {"buckets": {}}}, ["config.stages.t2v.buckets is empty"]),
+    ({"t2v": {"buckets": {"16x32x32": {}}}}, ["16x32x32", 'write "b16x32x32"']),
+    ({"t2v": {"buckets": {"b16x32": {}}}}, ["16x32"]),
+    ({"t2v": {"buckets": {"b16x32x32": {"batch": 0}}}}, ["b16x32x32", "above 0"]),
+    ({"t2v": {"buckets": {"b24x32x32": {}}}}, ["24x32x32", "max_positions[0]", "3"]),
+    ({"t2v": {"buckets": {"b16x40x32": {}}}}, ["height 40", "multiple of 16"]),
+    ({"autoencoder": {"buckets": {"b16x36x32": {}}}}, ["b16x36x32", "36", "8"]),
+    ({"encode": {"buckets": ("1x32x32",)}}, ["16x32x32", "config.stages.encode.buckets"]),
+    ({"t2v": {"task": {**GENERATOR, "stride": (8, 4, 8)}}}, ["t2v.task.stride", "(8, 8, 8)"]),
+    ({"evaluate": {"generator": "t3v"}}, ["config.stages.evaluate.generator", '"t2v"']),
+  ],
+)
+def test_what_cannot_be_used_is_named_with_the_fix(changes, words):
+  with pytest.raises(ConfigError) as error:
+    resolve(**changes)
+  for word in words:
+    assert word in str(error.value)
+
+
+def test_channels_of_the_latents_must_fit():
+  task = {**GENERATOR, "model": {**MODEL, "in_channels": 8}}
+  with pytest.raises(ConfigError, match=r"t2i.task.model.in_channels is 8: .* has 16"):
+    resolve(t2i={"task": task})
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_the_nearest():
+  made = resolve(t2v={"buckets": {"b16x32x32": {"batch": 12}}, "accumulate": 2})
+  config.check_devices(made, 2, 1)
+  with pytest.raises(ConfigError, match=r"t2v.buckets.b16x32x32.batch is 12.* set it to 16"):
+    config.check_devices(made, 8, 1)
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+  made = resolve(t2v={"mesh": {"tensor": 3}})
+  with pytest.raises(ConfigError, match=r"config.stages.t2v.mesh.* the 8 devices"):
+    config.check_devices(made, 8, 1)
+
+
+def test_differences_name_keys_with_dots():
+  assert config.differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 3, "c": 2}}) == {"a.b": (1, 3)}

@@ -1,0 +1,194 @@
+"""The promises of the training loop, kept on a task of milliseconds."""
+
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from mgen_jax.parallel import mesh as mesh_lib
+from mgen_jax.training import checkpoint as checkpoint_lib
+from mgen_jax.training import metrics as metrics_lib
+from mgen_jax.training import optimizer as optimizer_lib
+from mgen_jax.training import state as state_lib
+from mgen_jax.training.interrupt import Interrupted
+from mgen_jax.training.meter import NotFiniteError
+from tests.training import toy
+
+
+def losses(folder):
+  return [line["loss"] for line in metrics_lib.read(str(folder)) if "loss" in line]
+
+
+def final_state(folder, **values):
+  config = toy.stage(**values)
+  optimizer = optimizer_lib.make_optimizer(config.optimizer, config.steps)
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1])
+  with checkpoint_lib.Checkpoints(f"{folder}/checkpoints", read_only=True) as checkpoints:
+    restored = checkpoints.restore(
+      state_lib.shapes(toy.ToyTask(), optimizer),
+      state_lib.shardings(toy.ToyTask(), optimizer, mesh),
+    )
+  return jax.device_get(restored.state)
+
+
+def assert_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_it_learns(tmp_path):
+  toy.train(tmp_path, steps=60)
+  first, *_, last = losses(tmp_path)
+  assert last < 0.3 * first
+
+
+def test_a_stopped_run_continues_bit_for_bit(tmp_path):
+  toy.train(tmp_path / "whole")
+
+  def stop_at(step):
+    if step == 13:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with pytest.raises(Interrupted) as stopped:
+    toy.train(tmp_path / "parts", data=toy.stream(on_step=stop_at))
+  assert stopped.value.signum == signal.SIGTERM
+  assert len(losses(tmp_path / "parts")) == 14  # the step under way was finished and saved
+  toy.train(tmp_path / "parts")
+  assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+  assert_equal(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
+
+
+def test_a_crash_continues_from_the_last_checkpoint_bit_for_bit(tmp_path):
+  toy.train(tmp_path / "whole")
+
+  def crash_at(step):
+    if step == 21:
+      raise RuntimeError("a crash")
+
+  with pytest.raises(RuntimeError, match="a crash"):
+    toy.train(tmp_path / "parts", data=toy.stream(on_step=crash_at))
+  toy.train(tmp_path / "parts")
+  # Steps 17 to 21 ran twice; the log has them once.
+  assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+  assert_equal(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
+
+
+def test_a_finished_run_does_nothing_again(tmp_path):
+  toy.train(tmp_path)
+  before = losses(tmp_path)
+  toy.train(tmp_path, data=toy.stream(on_step=lambda step: pytest.fail("a batch was drawn")))
+  assert losses(tmp_path) == before
+
+
+def test_more_steps_continue_a_finished_run(tmp_path):
+  toy.train(tmp_path / "long", steps=30)
+  toy.train(tmp_path / "short", steps=24)
+  toy.train(tmp_path / "short", steps=30)
+  assert losses(tmp_path / "short") == losses(tmp_path / "long")
+
+
+def test_accumulation_equals_a_big_batch(tmp_path):
+  toy.train(tmp_path / "one")
+  toy.train(tmp_path / "four", accumulate=4)
+  np.testing.assert_allclose(losses(tmp_path / "four"), losses(tmp_path / "one"), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "mesh",
+  [
+    {"fsdp": 8},
+    {"replica": 2, "fsdp": 4},
+    {"fsdp": 2, "tensor": 4},
+    {"fsdp": 2, "context": 2, "tensor": 2},
+  ],
+)
+def test_every_mesh_gives_the_same_losses(tmp_path, mesh):
+  toy.train(tmp_path / "one")
+  toy.train(tmp_path / "eight", devices=8, mesh=mesh_lib.MeshConfig(**mesh))
+  np.testing.assert_allclose(losses(tmp_path / "eight"), losses(tmp_path / "one"), rtol=1e-5)
+
+
+def test_a_run_continues_on_another_mesh(tmp_path):
+  toy.train(tmp_path / "whole")
+
+  def crash_at(step):
+    if step == 12:
+      raise RuntimeError("a crash")
+
+  with pytest.raises(RuntimeError):
+    toy.train(tmp_path / "parts", devices=8, data=toy.stream(on_step=crash_at))
+  toy.train(tmp_path / "parts", devices=2)
+  np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-5)
+
+
+def test_parameters_moments_and_average_are_sharded_alike():
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(fsdp=4, tensor=2))
+  optimizer = optimizer_lib.make_optimizer(optimizer_lib.OptimizerConfig(), 10)
+  layout = state_lib.shardings(toy.ToyTask(), optimizer, mesh)
+  state = state_lib.initialise(toy.ToyTask(), optimizer, layout, seed=0)
+  adam = next(
+    s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu"))
+    if hasattr(s, "mu")
+  )  # fmt: skip
+  for tree in (state.params, state.ema, adam.mu, adam.nu):
+    assert tree["w"].addressable_shards[0].data.shape == (2, 8)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(tmp_path):
+  with pytest.raises(NotFiniteError) as error:
+    toy.train(tmp_path, data=toy.stream(poison={19}), log_every=5)
+  message = str(error.value)
+  assert "stage toy" in message and "step 20" in message and "checkpoint is step 16" in message
+  state = final_state(tmp_path)
+  assert int(state.step) == 16
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_a_state_that_went_wrong_is_not_saved(tmp_path):
+  # Step 16 is both the poisoned one and one that is due to be saved, before any line is logged.
+  with pytest.raises(NotFiniteError, match="step 16 is not finite"):
+    toy.train(tmp_path, data=toy.stream(poison={15}), log_every=100)
+  assert int(final_state(tmp_path).step) == 8
+
+
+def test_other_data_is_refused(tmp_path):
+  toy.train(tmp_path, steps=8)
+  with pytest.raises(checkpoint_lib.CheckpointError, match="other data"):
+    toy.train(tmp_path, data=toy.stream(fingerprint="else"))
+
+
+def test_a_start_from_another_stage_takes_its_parameters(tmp_path):
+  toy.train(tmp_path / "first", steps=60)
+  start = final_state(tmp_path / "first", steps=60).ema
+  toy.train(
+    tmp_path / "second",
+    steps=1,
+    load_initial=lambda shapes, layout: jax.device_put(start, layout),
+  )
+  assert losses(tmp_path / "second")[0] < 0.5 * losses(tmp_path / "first")[0]
+
+
+def test_validation_is_measured_on_the_same_batches_and_noise(tmp_path):
+  toy.train(tmp_path / "one", validate_every=8)
+  toy.train(tmp_path / "two", validate_every=4)
+
+  def validation(folder):
+    lines = metrics_lib.read(str(folder))
+    return {m["step"]: m["validation_loss"] for m in lines if "validation_loss" in m}
+
+  one, two = validation(tmp_path / "one"), validation(tmp_path / "two")
+  assert sorted(one) == [8, 16, 24] and sorted(two) == [4, 8, 12, 16, 20, 24]
+  assert all(one[step] == two[step] for step in one)
+
+
+def test_a_log_line_answers_its_questions(tmp_path):
+  toy.train(tmp_path, log_every=4)
+  line = metrics_lib.read(str(tmp_path))[-1]
+  assert line["step"] == 24
+  assert line["mfu"] is None  # no peak is known for a CPU
+  assert 0 <= line["data_wait"] <= 1
+  for name in ("loss", "grad_norm", "lr", "examples_per_second", "tokens_per_second", "bias"):
+    assert np.isfinite(line[name])
+  assert line["peak_memory_gib"] > 0
+  assert any(name.startswith("events") for name in os.listdir(tmp_path / "tensorboard"))

@@ -1,0 +1,120 @@
+"""A task small enough to train in milliseconds, and its data: for tests of the loop."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mgen_jax.config import TrainStage
+from mgen_jax.data.buckets import Bucket
+from mgen_jax.parallel import mesh as mesh_lib
+from mgen_jax.tasks.autoencoder import AutoencoderTaskConfig
+from mgen_jax.tasks.base import ArraySpec
+from mgen_jax.training import loop
+from mgen_jax.training.optimizer import OptimizerConfig
+
+BUCKETS = (Bucket(1, 8, 8), Bucket(4, 8, 8))
+BATCH = 16
+
+
+class ToyTask:
+  """Noisy regression: y = x A, learned as x W + b with noise on x from each example's key."""
+
+  config = None
+  source = "media"
+
+  def init(self, key):
+    def box(value, *names):
+      return nn.LogicallyPartitioned(value, names)
+
+    return {
+      "w": box(0.1 * jax.random.normal(key, (8, 16)), "embed", "mlp"),
+      "b": jnp.zeros((16,)),
+    }
+
+  def loss(self, params, batch, keys):
+    noise = jax.vmap(lambda key: jax.random.normal(key, (8,)))(keys)
+    error = (batch["x"] + 0.1 * noise) @ params["w"] + params["b"] - batch["y"]
+    return jnp.square(error).mean(), {"bias": params["b"].mean()}
+
+  def batch_spec(self, bucket, examples):
+    return {
+      "x": ArraySpec((examples, 8), np.float32, ("batch", None)),
+      "y": ArraySpec((examples, 16), np.float32, ("batch", None)),
+    }
+
+  def flops(self, bucket):
+    return 3.0 * 2 * 8 * 16
+
+  def tokens(self, bucket):
+    return bucket.frames
+
+
+def batch_at(step, poison=()):
+  """(bucket, batch) of a step; steps in `poison` have a NaN."""
+  rng = np.random.default_rng(step)
+  x = rng.normal(size=(BATCH, 8)).astype(np.float32)
+  target = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
+  if step in poison:
+    x[3, 2] = np.nan
+  return BUCKETS[step % 2], {"x": x, "y": (x @ target).astype(np.float32)}
+
+
+class Batches:
+  """Endless batches from a step on; `on_step(step)` is called before each is handed out."""
+
+  def __init__(self, step, poison=(), on_step=None, fingerprint="toy"):
+    self.step, self.poison, self.on_step = step, poison, on_step
+    self.fingerprint = fingerprint
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    if self.on_step is not None:
+      self.on_step(self.step)
+    self.step += 1
+    return batch_at(self.step - 1, self.poison)
+
+  def close(self):
+    pass
+
+
+def stream(**options):
+  """A loop.Stream; options of `Batches`."""
+
+  def validation():
+    for index in range(2):
+      yield batch_at(10_000 + index)
+
+  sizes = dict.fromkeys(BUCKETS, BATCH)
+  return loop.Stream(sizes, lambda step: Batches(step, **options), validation)
+
+
+def stage(**values):
+  """A TrainStage for the toy."""
+  values = {
+    "steps": 24,
+    "log_every": 1,
+    "checkpoint_every": 8,
+    "optimizer": OptimizerConfig(lr=0.05, warmup_steps=4),
+    **values,
+  }
+  return TrainStage(task=AutoencoderTaskConfig(), **values)
+
+
+def train(folder, *, devices=1, data=None, load_initial=None, **values):
+  """Trains the toy on some of the simulated devices."""
+  config = stage(**values)
+  mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:devices])
+  return loop.train(
+    ToyTask(),
+    config,
+    stream() if data is None else data,
+    mesh,
+    name="toy",
+    seed=3,
+    folder=str(folder),
+    meta={"stage": "toy"},
+    load_initial=load_initial,
+  )
