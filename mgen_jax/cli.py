@@ -1,0 +1,120 @@
+"""How every command starts and ends: flags, one sentence for a fault of the user's, exit codes.
+
+Exit codes: 0 done, 2 a fault that the user can fix (`UserError`), 130 Ctrl-C and 143 SIGTERM, both
+after saving. Anything else is a bug and keeps its traceback.
+"""
+
+import difflib
+import logging as std_logging
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+from mgen_jax.errors import ConfigError, UserError
+from mgen_jax.training.interrupt import Interrupted
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+  """Parses the flags, calls `main` with what is left, and exits."""
+
+  def guarded(argv: Sequence[str]) -> int:
+    _set_up_logging()
+    try:
+      if len(argv) > 1:
+        raise UserError(f"{argv[1]!r} is not a flag: flags are written --name=value (see --help).")
+      main(argv)
+    except UserError as error:
+      _say(error)
+      return 2
+    except Interrupted as error:
+      _say(f"{error}; everything is saved, and the same command continues.")
+      return 128 + error.signum
+    return 0
+
+  app.run(guarded, flags_parser=_parse)
+
+
+def _set_up_logging() -> None:
+  """Our own lines from info on, those of others from warnings on (Orbax: errors), with the time."""
+  logging.set_verbosity(logging.INFO)
+  handler = logging.get_absl_handler()
+  handler.setFormatter(std_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+
+  def wanted(record: std_logging.LogRecord) -> bool:
+    path = os.path.normpath(record.pathname)
+    if f"{os.sep}mgen_jax{os.sep}" in path:
+      return True
+    least = std_logging.ERROR if f"{os.sep}orbax{os.sep}" in path else std_logging.WARNING
+    return record.levelno >= least
+
+  handler.addFilter(wanted)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  """Like absl's own parser, with one sentence for what a config flag gets wrong."""
+  try:
+    return flags.FLAGS(_expand(argv))
+  except UserError as error:
+    _say(error)
+  except flags.Error as error:
+    _say(f"{error} (see --help)")
+  except (AttributeError, KeyError) as error:  # an override of a key that does not exist
+    override = _unknown_override(argv, error)
+    if override is None:
+      raise
+    _say(override)
+  except (TypeError, ValueError) as error:
+    if not any(arg.startswith("--config.") for arg in argv):
+      raise
+    _say(f"an override of --config has the wrong type: {error}")
+  except FileNotFoundError as error:
+    _say(f"--config={error.filename} does not exist: name an experiment, like {_examples()}.")
+  sys.exit(2)
+
+
+def _expand(argv: Sequence[str]) -> Sequence[str]:
+  """Checks that the config file exists before it is run, to tell it from one that fails inside."""
+  for arg in argv[1:]:
+    match = re.match(r"--?config=([^:]+)", arg)
+    if match and not os.path.isfile(match.group(1)):
+      raise FileNotFoundError(2, "no such file", match.group(1))
+  return argv
+
+
+def _unknown_override(argv: Sequence[str], error: Exception) -> ConfigError | None:
+  """Names the override that `error` is about, with the nearest key that exists."""
+  overrides = [arg[2:].split("=")[0] for arg in argv if arg.startswith("--config.")]
+  if not overrides or "config" not in flags.FLAGS:
+    return None
+  keys = _known_keys(argv)
+  for name in overrides:
+    key = name.removeprefix("config.")
+    if keys and key not in keys and not any(known.startswith(key + ".") for known in keys):
+      near = difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
+      hint = f'did you mean "--config.{near[0]}"?' if near else "see WORKDIR/config.json for all."
+      return ConfigError(f"--{name} is not a key of this experiment: {hint}")
+  return ConfigError(f"an override of --config cannot be used: {error}")
+
+
+def _known_keys(argv: Sequence[str]) -> list[str]:
+  """All keys of the experiment that --config names, with dots."""
+  from ml_collections import config_flags
+
+  from mgen_jax import schema
+
+  plain = [arg for arg in argv if not arg.startswith("--config.")]
+  values = flags.FlagValues()
+  config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=plain)
+  values(plain, known_only=True)
+  return list(schema.flatten(config.value.to_dict()))
+
+
+def _examples() -> str:
+  return "experiments/quickstart.py"
+
+
+def _say(message: object) -> None:
+  print(f"error: {message}", file=sys.stderr)

@@ -1,0 +1,149 @@
+"""The whole recipe as a user runs it: started, killed, stopped, spread over devices and hosts."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from mgen_jax.training import metrics
+
+pytestmark = pytest.mark.slow
+
+TRAINED = ("autoencoder", "t2i", "t2v")
+
+
+def command(workdir, *flags):
+  flags = ("--config=tests/tiny.py", f"--workdir={workdir}", *flags)
+  return [sys.executable, "-m", "mgen_jax.main", *flags]
+
+
+def environment(devices=1):
+  return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+
+
+def run(workdir, *flags, devices=1):
+  return subprocess.run(
+    command(workdir, *flags), env=environment(devices), capture_output=True, text=True, check=False
+  )
+
+
+def losses(workdir, stage):
+  lines = metrics.read(str(workdir / stage))
+  return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """A run that nothing disturbed."""
+  workdir = tmp_path_factory.mktemp("whole")
+  done = run(workdir)
+  assert done.returncode == 0, done.stderr
+  return workdir
+
+
+def test_a_run_ends_with_a_report_and_the_command_to_sample(whole):
+  report = json.loads((whole / "report.json").read_text())
+  assert {"ingest", "autoencoder", "encode", "t2i", "t2v", "total"} <= set(report["seconds"])
+  assert {"colour", "direction", "shape", "prompts"} <= set(report["judge"])
+  assert {"colour", "direction", "shape"} <= set(report["chance"])
+  assert np.isfinite(report["reconstruction"]["psnr"])
+  assert report["peak_memory_gib"] > 0
+  page = (whole / "report.html").read_text()
+  assert "<video" in page and "http://" not in page and "https://" not in page
+
+
+def test_the_resolved_config_is_in_the_workdir(whole):
+  values = json.loads((whole / "config.json").read_text())
+  assert values["name"] == "tiny" and values["stages"]["t2v"]["optimizer"]["b2"] == 0.95
+
+
+def test_the_same_command_again_does_nothing(whole):
+  before = {stage: losses(whole, stage) for stage in TRAINED}
+  again = run(whole)
+  assert again.returncode == 0 and again.stderr.count("is done") == 6
+  assert before == {stage: losses(whole, stage) for stage in TRAINED}
+
+
+def test_kill_9_at_any_point_and_the_same_command_continues_bit_for_bit(whole, tmp_path):
+  kills = 0
+  rng = np.random.default_rng(0)
+  while True:
+    process = subprocess.Popen(
+      command(tmp_path), env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    try:
+      _, stderr = process.communicate(timeout=8 + 6 * rng.random())
+      break
+    except subprocess.TimeoutExpired:
+      process.kill()
+      process.communicate()
+      kills += 1
+  assert process.returncode == 0, stderr.decode()
+  assert kills >= 1
+  for stage in TRAINED:
+    assert losses(tmp_path, stage) == losses(whole, stage)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_with_its_own_code(whole, tmp_path, signum):
+  process = subprocess.Popen(
+    command(tmp_path, "--config.stages.autoencoder.steps=100000"),
+    env=environment(),
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  log = tmp_path / "autoencoder" / "metrics.jsonl"
+  deadline = time.time() + 120
+  while time.time() < deadline and process.poll() is None:
+    if log.exists() and log.read_text().count("\n") >= 2:
+      break
+    time.sleep(0.05)
+  process.send_signal(signum)
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode == 128 + signum
+  assert "everything is saved" in stderr and "Traceback" not in stderr
+  done = run(tmp_path)
+  assert done.returncode == 0, done.stderr
+  stopped = losses(tmp_path, "autoencoder")
+  assert all(stopped[step] == loss for step, loss in losses(whole, "autoencoder").items())
+
+
+def test_eight_devices_give_the_same_losses(whole, tmp_path):
+  done = run(tmp_path, devices=8)
+  assert done.returncode == 0, done.stderr
+  for stage in TRAINED:
+    expected, found = losses(whole, stage), losses(tmp_path, stage)
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+
+
+def test_two_processes_give_the_same_losses(whole, tmp_path):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  processes = [
+    subprocess.Popen(
+      command(
+        tmp_path,
+        f"--coordinator=127.0.0.1:{port}",
+        "--num_processes=2",
+        f"--process_id={index}",
+      ),
+      env=environment(devices=2),
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for index in range(2)
+  ]
+  for process in processes:
+    _, stderr = process.communicate(timeout=500)
+    assert process.returncode == 0, stderr
+  for stage in TRAINED:
+    expected, found = losses(whole, stage), losses(tmp_path, stage)
+    assert list(expected) == list(found)
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
