@@ -7,6 +7,21 @@ python -m mgen_jax.main --config=experiments/quickstart.py --workdir=runs/quicks
 from mgen_jax import config
 
 WORLD = {
+  "split": "train",
+  "motions": (
+    "moves left",
+    "moves right",
+    "moves up",
+    "moves down",
+    "moves up and left",
+    "moves up and right",
+    "moves down and left",
+    "moves down and right",
+  ),
+  "textures": ("plain",),
+  "backgrounds": ("dark grey",),
+  "cameras": ("static",),
+  "max_objects": 1,
   "colours": ("red", "green", "blue", "yellow", "purple", "cyan"),
   "shapes": ("circle", "square", "triangle", "cross"),
 }
@@ -26,16 +41,17 @@ def _buckets(image: int, short: int, long: int, image_weight: float):
 
 
 def get_config():
-  model = {
-    "layers": 6, "width": 192, "heads": 6, "mlp_width": 512, "qk_norm": True, "cross_norm": True,
-    "max_positions": (4, 8, 8), "context_widths": (128,), "dtype": "float32", "remat": "none",
-    "scan_unroll": 6,
-  }  # fmt: skip
   generator = {
     "name": "text_to_video",
-    "model": model,
-    "sampler": {"num_steps": 24, "guidance": 4.0},
-  }
+    "model": {
+      "layers": 6, "width": 128, "heads": 4, "mlp_width": 384, "qk_norm": True, "cross_norm": True,
+      "max_positions": (3, 5, 5), "position_std": 0.5, "context_widths": (96,),
+      "dtype": "float32", "remat": "none", "scan_unroll": 6,
+    },
+    "text": {"width": 96, "layers": 1, "heads": 4, "mlp_width": 192, "pool": 4, "max_length": 48},
+    "time_mean": -1.5,
+    "sampler": {"num_steps": 24, "linear_steps": 100, "guidance": 3.0},
+  }  # fmt: skip
   return config.experiment(
     name="quickstart",
     data={"marbles": {"clips": 1600, "world": WORLD}},
@@ -43,14 +59,16 @@ def get_config():
       "ingest": {"kind": "ingest"},
       "autoencoder": {
         "kind": "train",
-        "task": {"name": "autoencoder", "model": {
-          "channels": 32, "multipliers": (1, 2), "res_blocks": 1, "decoder_res_blocks": 1,
-          "space_down": (0,), "time_down": (0, 1), "mid_attention": False, "patch": (2, 4, 4),
-          "groups": 8, "conv_method": "matmul",
+        "task": {"name": "autoencoder", "l2_weight": 1.0, "kl_weight": 2e-3, "model": {
+          "channels": 256, "multipliers": (1,), "patch": (8, 8, 8), "kernel": 1, "temporal": False,
+          "space_down": (), "time_down": (), "mid_attention": False, "norm": "rms",
+          "res_blocks": 1, "decoder_res_blocks": 1, "conv_method": "matmul",
         }},
-        "steps": 400,
-        "buckets": _buckets(32, 8, 6, 0.25),
-        "optimizer": {"lr": 1e-3, "schedule": "cosine", "warmup_steps": 20},
+        "steps": 2000,
+        "buckets": _buckets(8, 2, 2, 0.25),
+        "optimizer": {
+          "lr": 4e-3, "schedule": "linear", "end_factor": 0.05, "warmup_steps": 30, "b2": 0.99,
+        },
       },
       "encode": {"kind": "encode", "buckets": IMAGES + CLIPS},
       "t2i": {
@@ -58,7 +76,7 @@ def get_config():
         "task": generator,
         "latents": "encode",
         "steps": 1000,
-        "buckets": _buckets(64, 0, 0, 1.0),
+        "buckets": _buckets(32, 0, 0, 1.0),
         "optimizer": {"lr": 1e-3, "schedule": "cosine", "warmup_steps": 50},
       },
       "t2v": {
@@ -67,7 +85,7 @@ def get_config():
         "latents": "encode",
         "init_from": "t2i",
         "steps": 1000,
-        "buckets": _buckets(64, 64, 64, 0.1),
+        "buckets": _buckets(32, 32, 32, 0.1),
         "optimizer": {"lr": 1e-3, "schedule": "cosine", "warmup_steps": 50},
       },
       "evaluate": {"kind": "evaluate"},

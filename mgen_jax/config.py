@@ -121,6 +121,18 @@ def parse_key(name: str) -> Bucket:
 
 
 @dataclasses.dataclass(frozen=True)
+class TargetsConfig:
+  """What a run is expected to reach; the report says whether it does. None: nothing expected."""
+
+  colour: float | None = None  # share of the judged samples that are right, at least
+  shape: float | None = None
+  direction: float | None = None
+  psnr: float | None = None  # dB of held-out clips, images and odd lengths, at least
+  seconds: float | None = None  # of all stages, at most
+  peak_memory_gib: float | None = None  # at most
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluateStage:
   """Samples held-out prompts, judges them, measures reconstruction, writes the report."""
 
@@ -131,6 +143,7 @@ class EvaluateStage:
   batch: int = 32
   clips: int = 48  # held-out clips for reconstruction
   show: int = 24  # samples in the report
+  targets: TargetsConfig = TargetsConfig()
 
 
 STAGES = {

@@ -62,8 +62,8 @@ def run(work: Workdir, name: str) -> None:
     jobs += [(split, bucket, sources[bucket]) for bucket in buckets]
   if not any(len(source) for _, _, source in jobs):
     raise UserError(
-      f"no clip fits a bucket of stage {name} ({', '.join(stage.buckets)}): name lengths and shapes "
-      "that the videos have, or raise config.data.max_crop."
+      f"no clip fits a bucket of stage {name} ({', '.join(stage.buckets)}): name lengths and "
+      "shapes that the videos have, or raise config.data.max_crop."
     )
 
   total = sum(len(source) for _, _, source in jobs)

@@ -60,6 +60,7 @@ def main(argv: Sequence[str]) -> None:
     "%s in %s on %d x %s", experiment.name, work.root, jax.device_count(), jax.devices()[0]
   )
 
+  multihost_utils.sync_global_devices("workdir")
   for name in stages:
     done = work.is_done(name)
     # All processes look before one of them can change the answer.

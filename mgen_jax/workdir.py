@@ -47,6 +47,8 @@ class Workdir:
     """
     work = cls(root, experiment)
     path = work.root / CONFIG_NAME
+    if jax.process_index() != 0:  # process 0 looks, makes and complains for all
+      return work
     if work.root.exists() and not work.root.is_dir():
       raise UserError(f"--workdir={root} is a file: name a folder.")
     if path.exists():
@@ -58,14 +60,13 @@ class Workdir:
         )
     elif work.root.is_dir() and any(work.root.iterdir()):
       raise UserError(f"--workdir={root} holds other files and no run: name an empty folder.")
-    if jax.process_index() == 0:
-      try:
-        work.root.mkdir(parents=True, exist_ok=True)
-      except OSError as error:
-        raise UserError(
-          f"--workdir={root} cannot be made ({error.strerror}): name another folder."
-        ) from error
-      files.write_text_atomic(path, config_lib.to_json(experiment))
+    try:
+      work.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise UserError(
+        f"--workdir={root} cannot be made ({error.strerror}): name another folder."
+      ) from error
+    files.write_text_atomic(path, config_lib.to_json(experiment))
     return work
 
   @classmethod

@@ -1,5 +1,6 @@
 """From a prompt to files: the same seed gives the same video, and every fault is one sentence."""
 
+import copy
 import dataclasses
 import json
 import subprocess
@@ -127,16 +128,17 @@ class Ones:
     return latents
 
 
-def test_latents_are_scaled_back_before_they_are_decoded(work, bucket):
-  other = sample.Generator.load(work, devices=jax.devices()[:1])
+def test_latents_are_scaled_back_before_they_are_decoded(generator, bucket):
+  other = copy.copy(generator)
+  other._programs = {}
   other.task = other.autoencoder = Ones(other.task)
   latents = other.generate(["x"], bucket, [0])
   expected = np.add(untrained.LATENTS["mean"], untrained.LATENTS["std"])
   np.testing.assert_allclose(latents, np.broadcast_to(expected, latents.shape), rtol=1e-6)
 
 
-def test_samples_that_are_not_finite_are_an_error_that_says_so(work, bucket):
-  broken = sample.Generator.load(work, devices=jax.devices()[:1])
+def test_samples_that_are_not_finite_are_an_error_that_says_so(generator, bucket):
+  broken = copy.copy(generator)
   broken.params = jax.tree.map(lambda leaf: leaf * np.nan, broken.params)
   with pytest.raises(UserError, match="not finite: lower --guidance"):
     broken.generate(["x"], bucket, [0])

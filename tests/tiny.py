@@ -56,6 +56,7 @@ def get_config():
       },
       "evaluate": {
         "kind": "evaluate", "bucket": "8x32x48", "prompts": 8, "batch": 8, "clips": 4, "show": 4,
+        "targets": {"colour": 0.9, "psnr": 25.0, "peak_memory_gib": 8.0},
       },
     },
   )  # fmt: skip

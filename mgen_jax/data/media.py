@@ -49,6 +49,7 @@ __all__ = [
 VIDEO_SUFFIXES = (
   ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif",
 )  # fmt: skip
+_ORIENTATION = 0x0112  # EXIF
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 # Containers that we let FFmpeg open. Playlists (hls, concat) are left out: a file of that kind can
@@ -81,6 +82,8 @@ def probe(path: str | os.PathLike) -> MediaInfo:
   if Path(path).suffix.lower() in IMAGE_SUFFIXES:
     with _open_image(path) as image:
       width, height = image.size
+      if image.getexif().get(_ORIENTATION, 1) > 4:  # lying on its side
+        width, height = height, width
       codec = (image.format or "unknown").lower()
     return MediaInfo(path, "image", width, height, 0.0, 1, 0.0, codec, False)
   with _open(path) as container:

@@ -38,6 +38,8 @@ _CONTAINERS = {
   ".webm": ("webm", "libopus"),
   ".avi": ("avi", "libmp3lame"),
 }
+# Not libx265: it aborts the whole process on frames of 32 pixels.
+_CODECS = ("libx264", "mpeg4", "libvpx-vp9")
 _BT709 = 1  # AVCOL_PRI_BT709 and AVCOL_TRC_BT709
 
 _local = threading.local()
@@ -77,6 +79,8 @@ def write_video(
   path = Path(path)
   if path.suffix.lower() not in _CONTAINERS:
     raise MediaError(f"{path}: cannot write '{path.suffix}'; use one of {', '.join(_CONTAINERS)}.")
+  if codec not in _CODECS:
+    raise MediaError(f"{path}: there is no encoder '{codec}'; use one of {', '.join(_CODECS)}.")
   _check_frames(frames, fps, str(path))
   temporary = temporary_beside(path)
   try:
@@ -191,7 +195,10 @@ def _encode(path, suffix, frames, fps, sound, codec, crf, preset):
     options["movflags"] = "+faststart"
   rate = Fraction(fps).limit_denominator(1001)
   with av.open(os.fspath(path), "w", format=muxer, options=options) as container:
-    video = container.add_stream(codec, rate=rate)
+    try:
+      video = container.add_stream(codec, rate=rate)
+    except ValueError as error:  # PyAV's own word for a pair that cannot be
+      raise MediaError(f"{suffix} files cannot hold {codec} ({error}); use .mp4.") from error
     video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
     context = video.codec_context
     context.thread_count = 1  # x264's output depends on the number of threads
@@ -220,10 +227,9 @@ def _encode(path, suffix, frames, fps, sound, codec, crf, preset):
 
 def _encoder_options(codec, crf, preset) -> dict[str, str]:
   if codec == "libx264":
-    return {"crf": str(crf), "preset": preset}
-  if codec == "libx265":
-    return {"crf": str(crf), "preset": preset, "x265-params": "log-level=error"}
-  if codec.startswith("libvpx"):
+    # With its macroblock tree x264 gives other bytes from run to run.
+    return {"crf": str(crf), "preset": preset, "mbtree": "0"}
+  if codec == "libvpx-vp9":
     return {"crf": str(crf), "b": "0", "deadline": "good", "cpu-used": "4"}
   return {"qmin": "2", "qmax": "4"}
 

@@ -163,7 +163,7 @@ def loss_curve(stage: Stage) -> str | None:
     canvas = figure.Figure(figsize=(5.2, 2.9), layout="constrained")
     axes = canvas.add_subplot()
     for values, look in (
-      (train, {"color": "#4c8bf5", "linewidth": 0.8, "alpha": 0.35}),
+      (train, {"color": "#4c8bf5", "linewidth": 0.8, "alpha": 0.45}),
       (_smooth(train), {"color": "#4c8bf5", "linewidth": 1.8, "label": "training"}),
       (validation, {"color": "#e8710a", "marker": "o", "markersize": 3.5, "label": "held out"}),
     ):

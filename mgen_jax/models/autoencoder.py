@@ -40,6 +40,7 @@ class AutoencoderConfig:
   time_down: tuple[int, ...] = (0, 1, 2)  # and in time
   mid_attention: bool = True
   temporal: bool = True  # False: the frame-wise image autoencoder
+  kernel: int = 3  # spatial; 1 treats each position by itself (with `patch`, for toys)
   temporal_kernel: int = 3
   # Pixels joined in one position in front (and split at the end) by a linear map, in place of the
   # convolutions next to the pixels: cheap, for toys. (1, 1, 1) is the paper's.
@@ -99,8 +100,14 @@ class AutoencoderConfig:
           f"{name} {getattr(self, name)} names a level that does not exist: "
           f"use levels from 0 to {len(self.multipliers) - 1}"
         )
-    if not self.temporal and self.time_stride != 1:
-      raise ConfigError("temporal=False needs time_down=() and a temporal patch of 1")
+    if not self.temporal and self.time_down:
+      raise ConfigError(
+        f"temporal=False has no strides in time: set time_down {self.time_down} to ()"
+      )
+    if self.kernel % 2 == 0 or self.temporal_kernel % 2 == 0:
+      raise ConfigError(
+        f"kernel {self.kernel} and temporal_kernel {self.temporal_kernel} must be odd: use 1 or 3"
+      )
     if self.norm not in ("group", "rms", "layer"):
       raise ConfigError(f"unknown norm {self.norm!r}: use 'group', 'rms' or 'layer'")
     for multiplier in self.multipliers if self.norm == "group" else ():
@@ -123,7 +130,7 @@ class Conv(nn.Module):
 
   config: AutoencoderConfig
   features: int
-  kernel: int = 3
+  kernel: int | None = None  # by default `config.kernel`
   stride: int = 1
   time_stride: int = 1
   padding: tuple[int, int] | None = None
@@ -132,10 +139,11 @@ class Conv(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     cfg = self.config
+    kernel = cfg.kernel if self.kernel is None else self.kernel
     if self.spatial:
       x = layers.SpatialConv(
         self.features,
-        self.kernel,
+        kernel,
         self.stride,
         self.padding,
         dtype=cfg.dtype,
@@ -144,9 +152,9 @@ class Conv(nn.Module):
       )(x)
     if cfg.temporal:
       # A 1x1 convolution sees one pixel, and so does its temporal half.
-      kernel = cfg.temporal_kernel if self.kernel > 1 else 1
+      taps = cfg.temporal_kernel if kernel > 1 else 1
       x = layers.TemporalConv(
-        kernel, self.time_stride, dtype=cfg.dtype, method=cfg.conv_method, name="temporal"
+        taps, self.time_stride, dtype=cfg.dtype, method=cfg.conv_method, name="temporal"
       )(x)
     return nn.with_logical_constraint(x, layers.VIDEO_AXES)
 
@@ -395,8 +403,9 @@ def flops(config: AutoencoderConfig, video_shape: tuple[int, int, int]) -> dict[
   return {"encoder": encoder, "decoder": decoder}
 
 
-def _conv_flops(cfg, before, after, c_in, c_out, kernel=3, spatial=True) -> int:
+def _conv_flops(cfg, before, after, c_in, c_out, kernel=None, spatial=True) -> int:
   """FLOPs of one 2.5D convolution between grids (t, h, w): spatial first, then temporal."""
+  kernel = cfg.kernel if kernel is None else kernel
   total = 0
   if spatial:
     total += 2 * before[0] * after[1] * after[2] * kernel * kernel * c_in * c_out

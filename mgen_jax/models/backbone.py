@@ -46,6 +46,7 @@ class BackboneConfig:
   out_channels: int = 16
   patch: tuple[int, int, int] = (1, 2, 2)
   max_positions: tuple[int, int, int] = (32, 96, 96)  # in patches: time, height, width
+  position_std: float = 0.02  # of the position tables at the start; a toy learns faster from 0.5
   context_widths: tuple[int, ...] = (4096, 1280, 1472)  # UL2, MetaCLIP, ByT5
   dtype: str = "bfloat16"
   remat: str = "full"  # a key of REMAT_POLICIES
@@ -282,7 +283,7 @@ class Backbone(nn.Module):
           f"{n} patches of latent {name} exceed the position table's {limit}: "
           f"raise max_positions[{axis}] to {n} or choose a smaller bucket"
         )
-      init = layers.partitioned(nn.initializers.normal(0.02), None, "embed")
+      init = layers.partitioned(nn.initializers.normal(cfg.position_std), None, "embed")
       table = self.param(f"position_{name}", init, (limit, cfg.width))[:n]
       shape = [1, 1, 1, cfg.width]
       shape[axis] = n

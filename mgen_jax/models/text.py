@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mgen_jax.errors import ConfigError
 from mgen_jax.models import layers
 from mgen_jax.parallel.attention import attention
 
@@ -45,6 +46,7 @@ class ByteEncoderConfig:
   heads: int = 4
   mlp_width: int = 256
   kernel: int = 7  # bytes seen by the convolution in front: about one word
+  pool: int = 1  # bytes averaged to one feature behind the convolution: fewer tokens to attend to
   max_length: int = 64
   dtype: str = "float32"
 
@@ -82,8 +84,21 @@ class ByteEncoder(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Encodes int32 tokens [B, S] to features [B, S, width] and their mask [B, S] (True: text)."""
+    """Encodes int32 tokens [B, S].
+
+    Returns:
+      Features [B, ceil(S / pool), width] and their mask, True where there is text.
+
+    Raises:
+      ConfigError: S is longer than the position table.
+    """
     cfg = self.config
+    if tokens.shape[1] > cfg.max_length:
+      raise ConfigError(
+        f"a text of {tokens.shape[1]} bytes is longer than max_length {cfg.max_length}: cut it"
+      )
+    tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % cfg.pool)), constant_values=PAD)
+    batch, length = tokens.shape
     mask = tokens != PAD
     table = self.param(
       "embedding",
@@ -99,12 +114,16 @@ class ByteEncoder(nn.Module):
     half = cfg.kernel // 2
     padded = jnp.pad(x, ((0, 0), (half, half), (0, 0)))[:, :, None]  # [B, S + k - 1, 1, D]
     x = x + layers.convolve(padded, kernel.astype(cfg.dtype)[:, None], method="matmul")[:, :, 0]
+    if cfg.pool > 1:
+      x = nn.silu(x) * mask[..., None]
+      x = x.reshape(batch, length // cfg.pool, cfg.pool, cfg.width).mean(2)
+      mask = mask.reshape(batch, length // cfg.pool, cfg.pool).any(2)
     positions = self.param(
       "positions",
       layers.partitioned(nn.initializers.normal(0.02), None, "embed"),
-      (cfg.max_length, cfg.width),
+      (-(-cfg.max_length // cfg.pool), cfg.width),
     )
-    x = x + positions[: tokens.shape[1]].astype(cfg.dtype)
+    x = x + positions[: x.shape[1]].astype(cfg.dtype)
     x = nn.with_logical_constraint(x, ("batch", "context_tokens", "act_embed"))
     for index in range(cfg.layers):
       x = EncoderBlock(cfg, name=f"layer_{index}")(x, mask)
@@ -113,9 +132,9 @@ class ByteEncoder(nn.Module):
 
 def flops(config: ByteEncoderConfig, tokens: int) -> dict[str, int]:
   """Matmul FLOPs of one forward pass over one text of `tokens` bytes, by part."""
-  width, per_layer = config.width, 2 * tokens
+  width, pooled = config.width, -(-tokens // config.pool)
   return {
-    "convolution": per_layer * config.kernel * width * width,
-    "attention": config.layers * (per_layer * 4 * width * width + 4 * tokens * tokens * width),
-    "mlp": config.layers * layers.mlp_flops(tokens, width, config.mlp_width, "gelu"),
+    "convolution": 2 * pooled * config.pool * config.kernel * width * width,
+    "attention": config.layers * (8 * pooled * width * width + 4 * pooled * pooled * width),
+    "mlp": config.layers * layers.mlp_flops(pooled, width, config.mlp_width, "gelu"),
   }

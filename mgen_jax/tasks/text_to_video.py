@@ -166,11 +166,11 @@ class TextToVideo:
 
   def flops(self, bucket: Bucket) -> float:
     """Training FLOPs of one example: three times the forward pass, text encoder included."""
-    length = self.config.text.max_length
+    text = self.config.text
     shape = self.config.latent_shape(bucket)[:3]
     parts = (
-      backbone.flops(self.config.model, shape, length),
-      text_lib.flops(self.config.text, length),
+      backbone.flops(self.config.model, shape, math.ceil(text.max_length / text.pool)),
+      text_lib.flops(text, text.max_length),
     )
     return 3.0 * sum(sum(part.values()) for part in parts)
 

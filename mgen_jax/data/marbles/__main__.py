@@ -132,11 +132,17 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-  return tuple(int(word) for word in _words(text))
+  try:
+    return tuple(int(word) for word in _words(text))
+  except ValueError:
+    raise argparse.ArgumentTypeError(f"{text!r} is no list of lengths such as 16,24") from None
 
 
 def _sizes(text: str) -> tuple[tuple[int, int], ...]:
-  return tuple((int(h), int(w)) for h, w in (word.lower().split("x") for word in _words(text)))
+  try:
+    return tuple((int(h), int(w)) for h, w in (word.lower().split("x") for word in _words(text)))
+  except ValueError:
+    raise argparse.ArgumentTypeError(f"{text!r} is no list of sizes such as 64x64,48x80") from None
 
 
 def _write_sheet(folder: Path) -> Path:

@@ -17,7 +17,7 @@ from mgen_jax.data.marbles.render import coverage
 from mgen_jax.data.marbles.world import COLOURS, COMPASS, SIZES, WorldConfig
 
 _NOISE_FLOOR = 4.0  # levels: smaller differences are never an object
-_MIN_CONTRAST = 4.0  # of an object, in spreads of the background
+_MIN_CONTRAST = 2.5  # of an object, in spreads of the background
 _MIN_MASS, _MAX_MASS = 0.002, 0.5  # of the frame
 _MIN_CHROMA = 10.0  # levels: below it a colour is grey
 _STILL = 0.1  # short sides: a shorter way over the clip is none
@@ -97,7 +97,8 @@ def _foreground(pixels: np.ndarray) -> np.ndarray | None:
   spread = np.cov(difference[inside].T) + _NOISE_FLOOR**2 * np.eye(3)
   # Distances in spreads of the background: what it varies in (the grey of a noisy background)
   # counts less than what it does not (hue).
-  distance = np.sqrt(np.einsum("thwc,cd,thwd->thw", difference, np.linalg.inv(spread), difference))
+  white = difference @ np.linalg.cholesky(np.linalg.inv(spread))
+  distance = np.sqrt((white * white).sum(axis=-1))
   smooth = ndimage.gaussian_filter(distance, (0, 0.7, 0.7))
   floor = np.median(distance)
   plateau = _plateau(smooth - floor, np.quantile(smooth, 1 - _MIN_MASS) - floor)
@@ -120,17 +121,19 @@ def _background(pixels: np.ndarray) -> np.ndarray:
   edge = np.ones((height, width), bool)
   edge[2:-2, 2:-2] = False
   plane = np.median(pixels[:, edge].reshape(-1, 3), axis=0) * np.ones((height, width, 1))
-  for _ in range(4):
+  for _ in range(4):  # least squares over what is near the last plane
     inside = _calm(pixels - plane)
-    design = np.broadcast_to(basis, pixels.shape)[inside]
-    found, *_ = np.linalg.lstsq(design, pixels[inside], rcond=None)
-    plane = basis @ found
+    weighted = basis * inside.sum(axis=0)[..., None]
+    left = np.einsum("hwi,hwj->ij", weighted, basis)
+    right = np.einsum("hwi,hwc->ic", basis, (pixels * inside[..., None]).sum(axis=0))
+    plane = basis @ np.linalg.lstsq(left, right, rcond=None)[0]
   return plane
 
 
 def _calm(difference: np.ndarray) -> np.ndarray:
   """Pixels [T, H, W] that are as near to the background as most are."""
-  size = np.abs(difference).max(axis=-1)
+  r, g, b = np.moveaxis(np.abs(difference), -1, 0)
+  size = np.maximum(np.maximum(r, g), b)
   return size <= max(3.0 * float(np.median(size)), _NOISE_FLOOR)
 
 

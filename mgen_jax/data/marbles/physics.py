@@ -26,7 +26,7 @@ _PAN = 0.2  # how far a camera pans over a clip, in short sides
 _ZOOM = (0.86, 1.16)
 _FLOOR_RESTITUTION = 0.6
 _REST_SPEED = 0.12  # a slower rebound ends a fall
-_ATTEMPTS = 600
+_ATTEMPTS = 3000
 _TINY = 1e-9
 
 

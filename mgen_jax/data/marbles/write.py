@@ -94,7 +94,7 @@ def write_dataset(
     progress: True for a bar (on a terminal only), or a function of (done, all).
 
   Returns:
-    `out`.
+    `out`, as an absolute path.
 
   Raises:
     UserError: a setting that cannot be, or a folder that holds something else.
@@ -104,7 +104,9 @@ def write_dataset(
     float(fps), int(seed), tuple(defects), bool(sound), bool(edits), bool(doubles),
   )  # fmt: skip
   _check(settings)
-  out = Path(out)
+  if workers < 0:
+    raise UserError(f"workers is {workers}: use 0 (one a core) or more.")
+  out = Path(os.path.abspath(out))
   if _is_rendered(out, settings):
     return str(out)
   _sweep(out)
@@ -276,7 +278,7 @@ def _file(index: int) -> str:
 
 def _render_all(folder: Path, settings: Settings, workers: int) -> Iterator[dict[str, Any]]:
   """Writes all files; yields the truth of each clip, in order."""
-  workers = min(workers or len(os.sched_getaffinity(0)), settings.clips)
+  workers = min(workers or _cores(), settings.clips)
   jobs = zip(
     itertools.repeat(folder), itertools.repeat(settings), range(settings.clips), strict=False
   )
@@ -291,6 +293,13 @@ def _render_all(folder: Path, settings: Settings, workers: int) -> Iterator[dict
     yield from pool.map(_write_job, jobs, chunksize=chunk)
   finally:
     pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for the rest
+
+
+def _cores() -> int:
+  """Those that this process may use, where the system tells."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def _write_job(job):
