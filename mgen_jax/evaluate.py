@@ -90,7 +90,7 @@ def run(work: Workdir, name: str, sampler: SamplerConfig | None = None) -> None:
     "reconstruction": rebuilt,
     "peak_memory_gib": round(_peak_memory(work), 3),
     "generator": stage.generator,
-    "bucket": stage.bucket,
+    "bucket": _trained_bucket(generator, stage.bucket).name,
     "samples": drawn,
     "sampler": schema.to_plain(sampler),
     "versions": dict(_versions()),
@@ -219,7 +219,7 @@ def _sample(
     raise UserError(f"no prompt to sample: set config.stages.{name}.prompts to 1 or more.")
   folder = work.folder(name) / "samples"
   folder.mkdir(parents=True, exist_ok=True)
-  bucket = parse_bucket(stage.bucket)
+  bucket = _trained_bucket(generator, stage.bucket)
   logging.info("sampling %d prompts, %d steps each", len(texts), sampler.num_steps)
   samples, verdicts, lines = [], [], []
   for start in range(0, len(texts), stage.batch):
@@ -243,6 +243,15 @@ def _sample(
     logging.info("sampled %d of %d", rows.stop, len(texts))
   files.write_text_atomic(work.folder(name) / "verdicts.jsonl", "".join(lines))
   return samples, verdicts, len(texts)
+
+
+def _trained_bucket(generator: Generator, wanted: str) -> Bucket:
+  """The bucket that the stage names, or another where a user's videos left it without examples."""
+  if parse_bucket(wanted) in generator.trained:
+    return parse_bucket(wanted)
+  bucket = sample.choose_bucket(generator.trained)
+  logging.warning("no clip fitted bucket %s: samples are of %s", wanted, bucket.name)
+  return bucket
 
 
 # --------------------------------------------------------------------------------------------------

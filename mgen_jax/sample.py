@@ -30,7 +30,7 @@ from absl import flags, logging
 from mgen_jax import cli, schema
 from mgen_jax import config as config_lib
 from mgen_jax.data import ingest, media
-from mgen_jax.data.buckets import Bucket
+from mgen_jax.data.buckets import Bucket, parse_bucket
 from mgen_jax.errors import UserError
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel import rules
@@ -112,7 +112,7 @@ class Generator:
       (autoencoder, autoencoder_params),
       meta["latents"],
       mesh,
-      trained={bucket: entry.weight for bucket, entry in batches.items()},
+      trained={parse_bucket(b): batches[parse_bucket(b)].weight for b in meta["buckets"]},
       fps=frame_rate(work),
     )
 

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from mgen_jax.data import media
 from mgen_jax.training import metrics
 
 pytestmark = pytest.mark.slow
@@ -124,6 +125,74 @@ def test_eight_devices_give_the_same_losses(whole, tmp_path):
   for stage in TRAINED:
     expected, found = losses(whole, stage), losses(tmp_path, stage)
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+
+
+def test_a_folder_of_ones_own_videos_takes_the_same_path(tmp_path):
+  """Other sizes, rates, containers and codecs, two ways of captions, a broken file among them."""
+  folder = tmp_path / "mine"
+  (folder / "more").mkdir(parents=True)
+  rng = np.random.default_rng(0)
+  kinds = ((".mp4", "libx264"), (".avi", "mpeg4"), (".webm", "libvpx-vp9"))
+  lines = []
+  for index in range(18):
+    height, width = ((48, 48), (64, 66), (40, 60))[index % 3]
+    video = np.full((12, height, width, 3), rng.integers(0, 255, 3), np.uint8)
+    video[:, 8:24, 8 + index : 24 + index] = rng.integers(0, 255, 3)
+    suffix, codec = kinds[index // 3 % 3]
+    path = folder / ("more" if index % 2 else ".") / f"clip{index}{suffix}"
+    media.write_video(path, video, (12.0, 25.0, 30.0)[index % 3], codec=codec)
+    if index < 9:
+      lines.append({"file": str(path.relative_to(folder)), "caption": f"number {index}"})
+    else:
+      path.with_suffix(".txt").write_text(f"number {index}")
+  (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  (folder / "broken.mp4").write_bytes(b"no video at all")
+  (folder / "broken.txt").write_text("a broken file")
+  done = run(tmp_path / "run", f"--config.data.videos={folder}")
+  assert done.returncode == 0, done.stderr
+  assert "skipped broken.mp4" in done.stderr and "1 of 19 files left out" in done.stderr
+  report = json.loads((tmp_path / "run" / "report.json").read_text())
+  assert report["judge"] is None and np.isfinite(report["reconstruction"]["psnr"])
+
+
+@pytest.mark.parametrize(
+  ("flags", "words"),
+  [
+    (["--config.stages.t2v.optimzer.lr=1"], ["optimzer", '"--config.stages.t2v.optimizer.lr"']),
+    (["--config.stages.t2v.steps=many"], ["--config.stages.t2v.steps", "many"]),
+    (["--config.stages.t2v.buckets.b4x32x32.batch=9"], ["b4x32x32.batch is 9", "set it to 8"]),
+    (["--config.data.videos=EMPTY"], ["EMPTY", "no videos or images"]),
+    (["--stage=t2w"], ["--stage=t2w", '"t2v"']),
+    (["--stage=t2v"], ["stage t2v needs stage encode"]),
+    (["--workdir=USED"], ["USED", "name an empty folder"]),
+  ],
+)
+def test_bad_input_is_one_sentence_and_costs_nothing(tmp_path, flags, words):
+  (tmp_path / "EMPTY").mkdir()
+  (tmp_path / "USED").mkdir()
+  (tmp_path / "USED" / "thesis.tex").write_text("precious")
+  flags = [
+    f.replace("EMPTY", f"{tmp_path}/EMPTY").replace("USED", f"{tmp_path}/USED") for f in flags
+  ]
+  devices = 8 if "batch" in flags[0] else 1
+  done = run(tmp_path / "run", *flags, devices=devices)
+  assert done.returncode == 2
+  said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+  assert len(said) == 1 and "Traceback" not in done.stderr, done.stderr
+  assert all(word in said[0] for word in words), said
+  assert "compiled" not in done.stderr
+
+
+def test_a_workdir_of_another_experiment_is_refused(whole):
+  values = json.loads((whole / "config.json").read_text())
+  other = whole / "config.json"
+  text = other.read_text()
+  other.write_text(json.dumps({**values, "name": "else"}))
+  try:
+    done = run(whole)
+  finally:
+    other.write_text(text)
+  assert done.returncode == 2 and 'belongs to the experiment "else"' in done.stderr
 
 
 def test_two_processes_give_the_same_losses(whole, tmp_path):

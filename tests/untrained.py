@@ -61,6 +61,7 @@ def save(work: Workdir, name: str, seed: int) -> None:
     "stage": name,
     "task": schema.to_plain(stage.task),
     "latents": None if stage.latents is None else LATENTS,
+    "buckets": [bucket.name for bucket in stage.batches()],
     "seconds": 10.0,
   }
   with Checkpoints(str(work.folder(name) / "checkpoints")) as checkpoints:

@@ -11,13 +11,12 @@ from mgen_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW or Muon with a clipped gradient and a schedule.
+  """AdamW with a clipped gradient and a schedule.
 
   The papers state learning rates (movie_gen 4.4) and neither betas, weight decay nor clipping:
   the defaults are what the field uses for transformers of this kind.
   """
 
-  name: Literal["adamw", "muon"] = "adamw"  # muon: for matrices and kernels; AdamW for the rest
   lr: float = 1e-4  # peak learning rate
   schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up
   warmup_steps: int = 0  # linear, from 0
@@ -26,7 +25,6 @@ class OptimizerConfig:
   b2: float = 0.95
   eps: float = 1e-8
   weight_decay: float = 0.0  # decoupled; for matrices only (not norms, biases, tables of vectors)
-  muon_lr: float = 0.02  # of the matrices under muon, on the same schedule
   clip_norm: float = 1.0  # global norm of the gradient; 0 switches clipping off
 
   def __post_init__(self):

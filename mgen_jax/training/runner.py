@@ -32,6 +32,7 @@ def run(work: Workdir, name: str) -> None:
     "stage": name,
     "task": schema.to_plain(stage.task),
     "latents": latents,
+    "buckets": [bucket.name for bucket in stream.batch_sizes],  # those that had examples
   }
   load_initial = None
   if stage.init_from is not None:
