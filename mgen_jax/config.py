@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ml_collections import config_dict
 
@@ -20,7 +20,6 @@ from mgen_jax.data.buckets import Bucket, parse_bucket
 from mgen_jax.data.marbles import WorldConfig
 from mgen_jax.errors import ConfigError, UserError
 from mgen_jax.parallel.mesh import MeshConfig
-from mgen_jax.training.optimizer import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +43,33 @@ class DataConfig:
   held_out: float = 0.05  # share of the clips that no stage trains on
   fps: float | None = None  # sample clips at this rate; None: at their own
   max_crop: float = 0.2  # share of the picture that fitting a clip to a bucket may lose
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW with a clipped gradient and a schedule.
+
+  The papers state learning rates (movie_gen 4.4) and neither betas, weight decay nor clipping:
+  the defaults are what the field uses for transformers of this kind.
+  """
+
+  lr: float = 1e-4  # peak learning rate
+  schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up
+  warmup_steps: int = 0  # linear, from 0
+  end_factor: float = 0.0  # the schedule ends at lr * end_factor (cosine and linear)
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.0  # decoupled; for matrices only (not norms, biases, tables of vectors)
+  clip_norm: float = 1.0  # global norm of the gradient; 0 switches clipping off
+
+  def __post_init__(self):
+    for name in ("lr", "warmup_steps", "end_factor", "eps", "weight_decay", "clip_norm"):
+      if getattr(self, name) < 0:
+        raise ConfigError(f"{name} is {getattr(self, name)}: it cannot be negative.")
+    for name in ("b1", "b2"):
+      if not 0 <= getattr(self, name) < 1:
+        raise ConfigError(f"{name} is {getattr(self, name)}: it must lie in [0, 1).")
 
 
 @dataclasses.dataclass(frozen=True)

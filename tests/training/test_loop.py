@@ -3,6 +3,7 @@
 import os
 import signal
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -33,10 +34,6 @@ def final_state(folder, **values):
   return jax.device_get(restored.state)
 
 
-def assert_equal(a, b):
-  jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 def test_it_learns(tmp_path):
   toy.train(tmp_path, steps=60)
   first, *_, last = losses(tmp_path)
@@ -56,7 +53,7 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path):
   assert len(losses(tmp_path / "parts")) == 14  # the step under way was finished and saved
   toy.train(tmp_path / "parts")
   assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-  assert_equal(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
+  chex.assert_trees_all_equal(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
 
 
 def test_a_crash_continues_from_the_last_checkpoint_bit_for_bit(tmp_path):
@@ -71,7 +68,7 @@ def test_a_crash_continues_from_the_last_checkpoint_bit_for_bit(tmp_path):
   toy.train(tmp_path / "parts")
   # Steps 17 to 21 ran twice; the log has them once.
   assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-  assert_equal(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
+  chex.assert_trees_all_equal(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
 
 
 def test_a_finished_run_does_nothing_again(tmp_path):
