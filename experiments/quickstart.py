@@ -34,7 +34,7 @@ CLIPS = ("16x64x64", "16x48x80", "24x64x64", "24x48x80")
 AUTOENCODER = {
   "name": "autoencoder",
   "model": {
-    "channels": 256,
+    "channels": 128,
     "multipliers": (1,),
     "patch": (8, 8, 8),
     "kernel": 1,
@@ -48,7 +48,7 @@ AUTOENCODER = {
     "conv_method": "matmul",
   },
   "l2_weight": 1.0,
-  "kl_weight": 2e-3,
+  "kl_weight": 1e-3,
 }
 GENERATOR = {
   "name": "text_to_video",
@@ -56,19 +56,19 @@ GENERATOR = {
     "layers": 6,
     "width": 128,
     "heads": 4,
-    "mlp_width": 384,
+    "mlp_width": 256,
     "qk_norm": True,
     "cross_norm": True,
     "max_positions": (3, 5, 5),
     "position_std": 0.5,
-    "context_widths": (96,),
+    "context_widths": (64,),
     "dtype": "float32",
     "remat": "none",
     "scan_unroll": 6,
   },
-  "text": {"width": 96, "layers": 1, "heads": 4, "mlp_width": 192, "pool": 4, "max_length": 48},
-  "time_mean": -1.5,
-  "sampler": {"num_steps": 24, "linear_steps": 100, "guidance": 5.0},
+  "text": {"width": 64, "layers": 1, "heads": 4, "mlp_width": 128, "pool": 4, "max_length": 48},
+  "time_mean": -1.0,
+  "sampler": {"num_steps": 24, "grid": "quadratic", "guidance": 6.0},
 }
 
 
@@ -79,12 +79,13 @@ def _buckets(names, batch, share):
 
 def get_config():
   train = {"kind": "train", "log_every": 50, "checkpoint_every": 250}
+  muon = {"name": "muon", "schedule": "linear", "end_factor": 0.02, "warmup_steps": 30, "b2": 0.98}
   generate = {
     **train,
     "task": GENERATOR,
     "latents": "encode",
-    "optimizer": {"lr": 3e-3, "schedule": "cosine", "warmup_steps": 50, "b2": 0.99},
-    "ema_decay": 0.995,
+    "optimizer": {**muon, "lr": 5e-3, "muon_lr": 0.04},
+    "ema_decay": 0.99,
   }
   return config.experiment(
     name="quickstart",
@@ -94,23 +95,18 @@ def get_config():
       "autoencoder": {
         **train,
         "task": AUTOENCODER,
-        "steps": 2000,
-        "buckets": _buckets(IMAGES, 8, 0.25) | _buckets(CLIPS, 2, 0.75),
-        "optimizer": {
-          "lr": 4e-3,
-          "schedule": "linear",
-          "end_factor": 0.05,
-          "warmup_steps": 30,
-          "b2": 0.99,
-        },
+        "steps": 700,
+        "buckets": _buckets(IMAGES, 24, 0.25) | _buckets(CLIPS, 8, 0.75),
+        "optimizer": {**muon, "lr": 3e-3, "muon_lr": 0.03},
+        "ema_decay": 0.98,
       },
       "encode": {"kind": "encode", "buckets": IMAGES + CLIPS},
-      "t2i": {**generate, "steps": 600, "buckets": _buckets(IMAGES, 32, 1.0)},
+      "t2i": {**generate, "steps": 600, "buckets": _buckets(IMAGES, 64, 1.0)},
       "t2v": {
         **generate,
         "init_from": "t2i",
-        "steps": 1200,
-        "buckets": _buckets(IMAGES, 32, 0.1) | _buckets(CLIPS, 32, 0.9),
+        "steps": 1500,
+        "buckets": _buckets(IMAGES, 64, 0.1) | _buckets(CLIPS, 32, 0.9),
       },
       "evaluate": {
         "kind": "evaluate",

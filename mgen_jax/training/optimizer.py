@@ -1,7 +1,10 @@
 """The optimizer of a stage: an optax chain from a config. Nothing in it is ours but the order."""
 
+from typing import Any
+
 import jax
 import optax
+import optax.contrib
 
 from mgen_jax.config import OptimizerConfig
 
@@ -28,14 +31,45 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
   parts = []
   if config.clip_norm:
     parts.append(optax.clip_by_global_norm(config.clip_norm))
-  parts.append(
-    optax.adamw(
-      make_schedule(config, steps),
-      b1=config.b1,
-      b2=config.b2,
-      eps=config.eps,
-      weight_decay=config.weight_decay,
-      mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
+  schedule = make_schedule(config, steps)
+  if config.name == "muon":
+    ratio = config.muon_lr / config.lr
+    parts.append(
+      optax.contrib.muon(
+        lambda step: ratio * schedule(step),
+        weight_decay=config.weight_decay,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        adam_learning_rate=schedule,
+        muon_weight_dimension_numbers=matrix_dimensions,
+      )
     )
-  )
+  else:
+    parts.append(
+      optax.adamw(
+        schedule,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
+      )
+    )
   return optax.chain(*parts)
+
+
+def matrix_dimensions(params: Any) -> Any:
+  """Which parameters are matrices, and along which axes, for Muon.
+
+  Every leaf called "kernel": its last axis is the output, the others together are the input, and
+  in a stack of "layers" the first axis counts layers. Norms, biases and tables are none.
+  """
+
+  def one(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+    names = [getattr(entry, "key", None) for entry in path]
+    if names[-1] != "kernel":
+      return None
+    first = 1 if "layers" in names else 0
+    return optax.contrib.MuonDimensionNumbers(tuple(range(first, leaf.ndim - 1)), leaf.ndim - 1)
+
+  return jax.tree_util.tree_map_with_path(one, params)

@@ -77,12 +77,14 @@ def shardings(
   """The sharding of each leaf: moments and EMA lie where their parameter lies."""
   params = param_shardings(task, mesh)
   whole = rules.replicated(mesh)
+  masked = optax.MaskedNode  # stands where a part of the optimizer does not take a parameter
   opt_state = optax.tree.map_params(
     optimizer,
-    lambda _, sharding: sharding,
+    lambda leaf, sharding: leaf if isinstance(leaf, masked) else sharding,
     shapes(task, optimizer).opt_state,
     params,
     transform_non_params=lambda _: whole,
+    is_leaf=lambda leaf: isinstance(leaf, masked),
   )
   return TrainState(
     step=whole, params=params, opt_state=opt_state, ema=params, nonfinite_step=whole
