@@ -88,7 +88,7 @@ def test_muon_state_is_sharded_like_its_parameters(task):
   found = [
     leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(layout.opt_state)
-    if "'up'" in jax.tree_util.keystr(path) and "mu" in jax.tree_util.keystr(path)
+    if "'backbone']['layers']['mlp']['up']" in jax.tree_util.keystr(path)
   ]
   assert found and all(leaf == kernel for leaf in found)
 
