@@ -68,7 +68,7 @@ GENERATOR = {
   },
   "text": {"width": 64, "layers": 1, "heads": 4, "mlp_width": 128, "pool": 4, "max_length": 48},
   "time_mean": -1.0,
-  "sampler": {"num_steps": 24, "grid": "quadratic", "guidance": 6.0},
+  "sampler": {"num_steps": 24, "grid": "quadratic", "guidance": 4.0},
 }
 
 

@@ -1,6 +1,7 @@
 """The transformer: size, invariances, FLOPs."""
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -39,9 +40,15 @@ def _inputs(config=TINY, batch=2, grid=(2, 4, 6), texts=(5,)):
   return latents, time, context, mask
 
 
+@functools.cache
+def _init(config, seed=0, texts=(5,)):
+  inputs = _inputs(config, texts=texts)
+  return jax.jit(Backbone(config).init)(jax.random.key(seed), *inputs)["params"]
+
+
 def _random_params(config, seed=0):
   """Parameters all random: at the start the head is zero and hides everything."""
-  params = nn.meta.unbox(Backbone(config).init(jax.random.key(seed), *_inputs(config)))["params"]
+  params = nn.meta.unbox(_init(config, seed))
   leaves, tree = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
   noise = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
@@ -151,8 +158,7 @@ def test_several_text_encoders_are_concatenated():
 
 
 def _random_params_several(config):
-  inputs = _inputs(config, texts=(5, 4, 6))
-  params = nn.meta.unbox(Backbone(config).init(jax.random.key(0), *inputs))["params"]
+  params = nn.meta.unbox(_init(config, texts=(5, 4, 6)))
   return jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), params)
 
 
