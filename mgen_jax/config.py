@@ -53,8 +53,7 @@ class OptimizerConfig:
   the defaults are what the field uses for transformers of this kind.
   """
 
-  # "muon" orthogonalises the updates of matrices and leaves the rest to Adam: on toys it needs
-  # about half of AdamW's steps.
+  # "muon" orthogonalises the updates of matrices and leaves the rest to Adam.
   name: Literal["adamw", "muon"] = "adamw"
   lr: float = 1e-4  # peak learning rate
   muon_lr: float = 0.02  # of the matrices under muon, on the same schedule
