@@ -447,10 +447,12 @@ def test_memory_stays_constant(clips):
       return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
   sources, _ = media_sources(clips, list(SMALL), split="train")
+  growth = []
   with make_stream(sources, batch_sizes=SMALL, seed=0, threads=2) as stream:
-    for _ in range(60):
-      next(stream)
-    before = resident_mib()
-    for _ in range(300):
-      next(stream)
-    assert resident_mib() - before < 8.0
+    for _ in range(5):
+      before = resident_mib()
+      for _ in range(100):
+        next(stream)
+      growth.append(resident_mib() - before)
+  # A leak grows in every stretch; an allocator that takes a new arena grows in one of them.
+  assert min(growth) < 1.0, growth
