@@ -169,7 +169,7 @@ class TextToVideo:
     text = self.config.text
     shape = self.config.latent_shape(bucket)[:3]
     parts = (
-      backbone.flops(self.config.model, shape, math.ceil(text.max_length / text.pool)),
+      backbone.flops(self.config.model, shape, text.features),
       text_lib.flops(text, text.max_length),
     )
     return 3.0 * sum(sum(part.values()) for part in parts)
