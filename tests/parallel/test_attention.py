@@ -225,14 +225,19 @@ def test_a_program_for_tpus_is_lowered_without_one(monkeypatch):
       assert f"splash_mha_{part}_segmented" in text, (method, part)
 
 
-def test_cudnn_gets_any_mask_as_a_length():
-  """The allowed keys go in front; through XLA here, which has the same argument."""
-  inputs = arrays(2, 33, 21, 4, 2)
-  expected = pulled_back(reference, *inputs)
-  function = functools.partial(kernels.fused, implementation="xla")
-  actual = pulled_back(lambda q, k, v, mask: function(q, k, v, mask), *inputs)
-  for a, b in zip(actual, expected, strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("masked", [False, True])
+def test_cudnn_gets_any_mask_as_a_length_and_no_odd_tokens(monkeypatch, masked):
+  """Through XLA, which takes the same lengths: there is no cuDNN here."""
+  attend = jax.nn.dot_product_attention
+  seen = []
+
+  def stand_in(q, k, v, *, implementation, **options):
+    seen.append((q.shape[1] % 2, k.shape[1] % 2, implementation, sorted(options)))
+    return attend(q, k, v, implementation="xla", **options)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+  check(arrays(2, 33, 21, 4, 2, masked=masked), kernel="cudnn")
+  assert seen == [(0, 0, "cudnn", ["key_value_seq_lengths"])]
 
 
 def test_tiles_cover_the_tokens_and_add_little():

@@ -77,8 +77,6 @@ def attention(
       f"{heads} attention heads do not share {kv_heads} key-value heads evenly: use "
       f"{_nearest_divisor(heads, kv_heads)} key-value heads"
     )
-  if mask is not None:
-    q, mask = _without_empty_rows(q, mask)
   options = kernels.Options(kernel, blocks)
   mesh = mesh_lib.current()
   if mesh is None or mesh.size == 1:
@@ -135,15 +133,6 @@ def _head_parts(mesh: Mesh, heads: int, method: str | None, split: bool) -> int:
       f"{_nearest_divisor(heads // tensor, parts)}, or use 'all_gather' or 'ring'"
     )
   return tensor
-
-
-def _without_empty_rows(q: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Makes an example without any allowed key attend to all keys evenly, in every kernel alike.
-
-  Equal scores are what a query of zeros gives; padding that is added later stays out of it.
-  """
-  some = mask.any(1, keepdims=True)  # [batch, 1]
-  return jnp.where(some[..., None, None], q, 0), mask | ~some
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

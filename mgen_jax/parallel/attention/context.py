@@ -65,8 +65,11 @@ def ring(
   Memory for keys stays at two shards, and a transfer runs beside the block that is computed. The
   gradients of keys and values travel along with them in a second ring.
   """
+  if mask is not None:
+    some = jax.lax.psum(mask.any(1), AXIS) > 0  # on any device
+    q, mask = kernels.without_empty_rows(q, mask, some)
   shard = k.shape[1]
-  if keys < shard * jax.lax.axis_size(AXIS):
+  if keys < shard * jax.lax.axis_size(AXIS):  # the last devices hold padding
     places = jax.lax.axis_index(AXIS) * shard + jnp.arange(shard)
     real = jnp.broadcast_to(places < keys, k.shape[:2])
     mask = real if mask is None else mask & real

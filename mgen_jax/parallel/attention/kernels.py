@@ -23,8 +23,8 @@ KERNELS = ("plain", "blockwise", "cudnn", "splash")
 # the policies of `jax.checkpoint` that save it rather than run the kernel again.
 SAVED_NAME = "attention"
 
-# XLA's own attention holds the scores, fp32, several times at once: beyond 256 MiB of them (a layer
-# of one device) they are never whole in memory. Toys stay below it and run as fast as ever.
+# As many scores of a layer may XLA hold on a device: 256 MiB in fp32, and several times that in the
+# gradient. Toys stay below it, where holding them is fastest.
 PLAIN_SCORES = 1 << 26
 
 GPU = ("gpu", "cuda")
@@ -36,9 +36,6 @@ class Options:
 
   kernel: str | None = None
   blocks: splash.Blocks | None = None
-
-
-DEFAULT = Options()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +72,13 @@ def choose(q: Array, k: Array) -> str:
   return "plain" if scores <= PLAIN_SCORES else "blockwise"
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array | None, options: Options = DEFAULT) -> Array:
-  """Attention of q [b, n, h, d] to k, v [b, m, g, d] where mask [b, m] is True.
-
-  Every row of the mask has a True (`attention` sees to it): kernels differ in what they do without.
-  """
+def attend(q: Array, k: Array, v: Array, mask: Array | None, options: Options) -> Array:
+  """Attention of q [b, n, h, d] to k, v [b, m, g, d] where mask [b, m] is True."""
   kernel = options.kernel or choose(q, k)
   if kernel == "plain":
     return plain(q, k, v, mask)
+  if mask is not None:
+    q, mask = without_empty_rows(q, mask, mask.any(1))
   if kernel == "cudnn":
     return fused(q, k, v, mask)
   if kernel == "splash":
@@ -90,7 +86,7 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None, options: Options = 
   return blockwise.attend(q, k, v, mask, PLAIN_SCORES, SAVED_NAME)
 
 
-def pieces(q: Array, k: Array, options: Options = DEFAULT) -> Pieces:
+def pieces(q: Array, k: Array, options: Options) -> Pieces:
   """The kernel that a ring over blocks of keys like `k` uses.
 
   cuDNN's gradient cannot be told the statistics over all keys: on a GPU the blocks are XLA's.
@@ -113,18 +109,29 @@ def plain(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
   return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
 
 
-def fused(
-  q: Array, k: Array, v: Array, mask: Array | None, *, implementation: str = "cudnn"
-) -> Array:
+def fused(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
   """cuDNN, whose only mask that costs no [n, m] bias is a length: the allowed keys go in front.
 
   Attention does not depend on the order of the keys, and moving them is linear in their number.
+  JAX refuses its gradient for odd lengths: they get one token more.
   """
+  n, m = q.shape[1], k.shape[1]
   lengths = None
   if mask is not None:
     order = jnp.argsort(~mask, axis=1, stable=True)[:, :, None, None]
     k, v = (jnp.take_along_axis(x, order, axis=1) for x in (k, v))
     lengths = mask.sum(1, dtype=jnp.int32)
+  elif m % 2:
+    lengths = jnp.full(k.shape[:1], m, jnp.int32)
+  q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
   return jax.nn.dot_product_attention(
-    q, k, v, key_value_seq_lengths=lengths, implementation=implementation
-  )
+    q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
+  )[:, :n]
+
+
+def without_empty_rows(q: Array, mask: Array, some: Array) -> tuple[Array, Array]:
+  """Makes examples without any allowed key attend to all keys evenly, in every kernel alike.
+
+  Equal scores are what a query of zeros gives. `some` [b] is True for the other examples.
+  """
+  return jnp.where(some[:, None, None, None], q, 0), mask | ~some[:, None]
