@@ -78,17 +78,18 @@ def test_half_precision_keeps_its_statistics_in_fp32(kernel):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-  ("sizes", "kv_heads"),
+  ("sizes", "heads", "kv_heads"),
   [
-    ({"fsdp": 2, "context": 4}, 8),
-    ({"fsdp": 1, "context": 4, "tensor": 2}, 2),
-    ({"replica": 2, "context": 2, "tensor": 2}, 1),  # one key-value head for both tensor shards
+    ({"fsdp": 2, "context": 4}, 8, 8),
+    ({"fsdp": 1, "context": 4, "tensor": 2}, 8, 2),
+    # Neither tensor nor Ulysses divides the key-value heads: they are repeated.
+    ({"fsdp": 1, "replica": 2, "context": 2, "tensor": 2}, 12, 3),
   ],
-  ids=["fsdp2-context4", "context4-tensor2-gqa", "replica2-context2-tensor2-mqa"],
+  ids=["fsdp2-context4", "context4-tensor2", "replica2-context2-tensor2"],
 )
-def test_every_method_equals_the_reference_on_every_mesh(method, sizes, kv_heads):
+def test_every_method_equals_the_reference_on_every_mesh(method, sizes, heads, kv_heads):
   """37 tokens divide over no context axis: the last shard has padding. The mask has holes."""
-  check(arrays(2, 37, 37, 8, kv_heads), mesh_of(**sizes), context_parallel=method)
+  check(arrays(2, 37, 37, heads, kv_heads), mesh_of(**sizes), context_parallel=method)
 
 
 @pytest.mark.parametrize("method", METHODS)
