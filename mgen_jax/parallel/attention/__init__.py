@@ -53,7 +53,7 @@ def attention(
       without any True attends to all keys evenly: mask the result where that matters.
     context_parallel: how queries meet the keys of the other shards of the context axis:
       "all_gather" of keys and values (the paper's, section 3.1.6), "ring" (keys and values travel
-      around, memory stays at one shard of them) or "ulysses" (all-to-all between tokens and
+      around, two shards of them are held) or "ulysses" (all-to-all between tokens and
       heads). None: this is no sequence to split (frames of an autoencoder, short texts); tokens
       stay whole, and so do heads that do not divide.
     split_keys: whether the keys are split over context like the queries (self-attention), or whole

@@ -62,8 +62,8 @@ def ring(
 ) -> Array:
   """Keys and values travel from device to device; each merges what it sees by log-sum-exp.
 
-  Memory for keys stays at two shards, and a transfer runs beside the block that is computed. The
-  gradients of keys and values travel along with them in a second ring.
+  Two shards of keys are held at a time, however long the axis is, and a transfer runs beside the
+  block that is computed. Gradients of keys and values travel along in a second ring, in fp32.
   """
   if mask is not None:
     some = jax.lax.psum(mask.any(1), AXIS) > 0  # on any device
