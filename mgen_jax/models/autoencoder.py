@@ -195,7 +195,7 @@ class AxisAttention(nn.Module):
 
     q, k, v = (dense(name)(normed)[:, :, None] for name in ("query", "key", "value"))
     init = nn.initializers.zeros if self.zero_init else layers.fan_in_init
-    return dense("out", init)(attention(q, k, v)[:, :, 0])
+    return dense("out", init)(attention(q, k, v, context_parallel=None)[:, :, 0])
 
 
 class AttentionBlock(nn.Module):

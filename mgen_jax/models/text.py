@@ -77,7 +77,7 @@ class EncoderBlock(nn.Module):
       dense(("embed", "heads"), name)(y).reshape(batch, length, cfg.heads, -1)
       for name in ("query", "key", "value")
     )
-    y = attention(q, k, v, mask=mask).reshape(batch, length, width)
+    y = attention(q, k, v, mask=mask, context_parallel=None).reshape(batch, length, width)
     x = x + dense(("heads", "embed"), "out")(y)
     y = layers.Norm(dtype=cfg.dtype, name="mlp_norm")(x)
     axes = ("batch", "context_tokens", "act_mlp")

@@ -1,0 +1,137 @@
+"""The attention kernel for the arrays of one device: which one, by platform, dtype and size.
+
+Not here: anything that crosses devices (`context.py`).
+"""
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from mgen_jax.errors import ConfigError
+from mgen_jax.parallel import mesh as mesh_lib
+from mgen_jax.parallel.attention import blockwise, splash
+
+Array = jax.Array
+
+KERNELS = ("plain", "blockwise", "cudnn", "splash")
+
+# What the backward pass of a kernel starts from (its result and log-sum-exp) carries this name, for
+# the policies of `jax.checkpoint` that save it rather than run the kernel again.
+SAVED_NAME = "attention"
+
+# As many scores of a layer may XLA hold on a device: 256 MiB in fp32, and several times that in the
+# gradient. Toys stay below it, where holding them is fastest.
+PLAIN_SCORES = 1 << 26
+
+GPU = ("gpu", "cuda")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What a caller may override: the platform's kernel, and the table of splash's blocks."""
+
+  kernel: str | None = None
+  blocks: splash.Blocks | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+  """A kernel that can be run block by block, by those who merge the blocks themselves.
+
+  forward(q, k, v, mask) -> the softmax over these keys alone, [b, n, h, d], and its log-sum-exp,
+    [b, n, h] fp32. A row without any allowed key has a log-sum-exp near the lowest float.
+  backward(q, k, v, mask, out, lse, dout) -> the gradients that come through these keys, where
+    out and lse are those over all keys.
+  """
+
+  forward: Callable[..., tuple[Array, Array]]
+  backward: Callable[..., tuple[Array, Array, Array]]
+
+
+def check(kernel: str | None) -> None:
+  """Raises ConfigError for a kernel that does not exist."""
+  if kernel is not None and kernel not in KERNELS:
+    near = difflib.get_close_matches(str(kernel), KERNELS, n=1, cutoff=0.0)
+    raise ConfigError(f"kernel={kernel!r} is no attention kernel: did you mean {near[0]!r}?")
+
+
+def choose(q: Array, k: Array) -> str:
+  """The kernel for q [b, n, h, d] and k [b, m, g, d] on the platform of the mesh in use."""
+  platform = mesh_lib.platform()
+  if platform == "tpu" and max(q.shape[1], k.shape[1]) > splash.LANES:
+    return "splash"  # below one block of it, its padding is most of the work
+  # cuDNN has no fp32 kernels, and heads of up to 128 on every generation that has it at all.
+  half = q.dtype in (jnp.bfloat16, jnp.float16)
+  if platform in GPU and half and q.shape[3] <= 128 and q.shape[3] % 8 == 0:
+    return "cudnn"
+  scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1]
+  return "plain" if scores <= PLAIN_SCORES else "blockwise"
+
+
+def attend(q: Array, k: Array, v: Array, mask: Array | None, options: Options) -> Array:
+  """Attention of q [b, n, h, d] to k, v [b, m, g, d] where mask [b, m] is True."""
+  kernel = options.kernel or choose(q, k)
+  if kernel == "plain":
+    return plain(q, k, v, mask)
+  if mask is not None:
+    q, mask = without_empty_rows(q, mask, mask.any(1))
+  if kernel == "cudnn":
+    return fused(q, k, v, mask)
+  if kernel == "splash":
+    return splash.attend(q, k, v, mask, blocks=options.blocks, saved_name=SAVED_NAME)
+  return blockwise.attend(q, k, v, mask, PLAIN_SCORES, SAVED_NAME)
+
+
+def pieces(q: Array, k: Array, options: Options) -> Pieces:
+  """The kernel that a ring over blocks of keys like `k` uses.
+
+  cuDNN's gradient cannot be told the statistics over all keys: on a GPU the blocks are XLA's.
+  """
+  if (options.kernel or choose(q, k)) == "splash":
+    return Pieces(
+      functools.partial(splash.forward, blocks=options.blocks),
+      functools.partial(splash.backward, blocks=options.blocks),
+    )
+  return Pieces(
+    functools.partial(blockwise.forward, limit=PLAIN_SCORES),
+    functools.partial(blockwise.backward, limit=PLAIN_SCORES),
+  )
+
+
+def plain(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+  """XLA, with all the scores in memory at once."""
+  if mask is not None:
+    mask = mask[:, None, None, :]  # [b, 1, 1, m], broadcast over heads and queries
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+
+
+def fused(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+  """cuDNN, whose only mask that costs no [n, m] bias is a length: the allowed keys go in front.
+
+  Attention does not depend on the order of the keys, and moving them is linear in their number.
+  JAX refuses its gradient for odd lengths: they get one token more.
+  """
+  n, m = q.shape[1], k.shape[1]
+  lengths = None
+  if mask is not None:
+    order = jnp.argsort(~mask, axis=1, stable=True)[:, :, None, None]
+    k, v = (jnp.take_along_axis(x, order, axis=1) for x in (k, v))
+    lengths = mask.sum(1, dtype=jnp.int32)
+  elif m % 2:
+    lengths = jnp.full(k.shape[:1], m, jnp.int32)
+  q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+  return jax.nn.dot_product_attention(
+    q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
+  )[:, :n]
+
+
+def without_empty_rows(q: Array, mask: Array, some: Array) -> tuple[Array, Array]:
+  """Makes examples without any allowed key attend to all keys evenly, in every kernel alike.
+
+  Equal scores are what a query of zeros gives. `some` [b] is True for the other examples.
+  """
+  return jnp.where(some[:, None, None, None], q, 0), mask | ~some[:, None]
