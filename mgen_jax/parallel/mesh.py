@@ -90,6 +90,11 @@ def use(mesh: jax.sharding.Mesh) -> Iterator[jax.sharding.Mesh]:
     _current.reset(token)
 
 
+def current() -> jax.sharding.Mesh | None:
+  """The mesh in use, if there is one."""
+  return _current.get()
+
+
 def platform() -> str:
   """The platform of the mesh in use ("cpu", "gpu", "tpu"); without one, the default backend's."""
   mesh = _current.get()
