@@ -314,6 +314,7 @@ def _check_train(made: Experiment, name: str, stage: TrainStage, before: tuple[s
         f'{path}.init_from is "{stage.init_from}", which trains {origin.task.name}: it must train '
         f"{stage.task.name}."
       )
+    stage.task.check_origin(origin.task, path)
   source = tasks.TASKS[stage.task.name].source
   if source == "latents":
     if stage.latents is None:

@@ -299,6 +299,7 @@ def draw(
   Raises:
     UserError: they cannot be drawn or written.
   """
+  generator.task.tokenize(list(prompts))  # refuses prompts that the model cannot read
   limit = generator.task.config.text.max_length - 1
   for prompt in prompts:
     if len(prompt.encode()) > limit:
