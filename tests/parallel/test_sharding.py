@@ -180,4 +180,4 @@ def test_the_residual_stream_is_split_over_the_tensor_axis():
 
   stream = 16 * batch * 12 * 64 * 4  # of 16 layers, fp32, for all devices
   # Split over all 8; if it were whole within the tensor axis, a device would keep half of it.
-  assert stream / 8 <= kept(24) - kept(8) < stream / 4
+  assert 0.9 * stream / 8 < kept(24) - kept(8) < stream / 4
