@@ -7,7 +7,7 @@ Hardware: 32 GPUs of 80 GB, or as many TPU v5p chips; batches divide over 8, 16 
 run by us. The size is that of mindone's re-implementation; steps, batches and rates are ours: the
 paper trains no 1B model for video.
 
-Captions go through the byte encoder, which is trained along, so nothing but videos is needed. For
+Captions go through the byte encoder (a feature for each word), trained along, so nothing but videos is needed. For
 the text encoders of the paper: --config.stages.t2i_256.task.text.kind is "features" in t2v_30b.py.
 """
 
@@ -35,8 +35,8 @@ def _generator(max_positions):
       context_widths=(TEXT_WIDTH,),
     ),
     "text": {
-      "kind": "bytes", "width": TEXT_WIDTH, "layers": 6, "heads": 16, "mlp_width": 4096, "pool": 2,
-      "max_length": 512, "dtype": "bfloat16",
+      "kind": "bytes", "width": TEXT_WIDTH, "layers": 6, "heads": 16, "mlp_width": 4096,
+      "max_words": 128, "max_length": 1024, "dtype": "bfloat16",
     },
   }  # fmt: skip
 

@@ -2,7 +2,10 @@
 
 Tokens are those of ByT5: 0 pads, 1 ends the text, byte b is b + 3. An empty caption is the one
 token "end", so that the unconditional branch of guidance always has a token to attend to.
-Not here: the pre-trained encoders of the paper (UL2, MetaCLIP, ByT5).
+
+With `max_words`, the bytes of a word become one feature: what a word means is then learned once,
+not for every place where it may stand in the caption. Not here: the pre-trained encoders of the
+paper (UL2, MetaCLIP, ByT5).
 """
 
 import dataclasses
@@ -46,9 +49,14 @@ class ByteEncoderConfig:
   heads: int = 4
   mlp_width: int = 256
   kernel: int = 7  # bytes seen by the convolution in front: about one word
-  pool: int = 1  # bytes averaged to one feature behind the convolution: fewer tokens to attend to
-  max_length: int = 64
+  max_words: int | None = None  # one feature for each word, the text cut behind them; None: bytes
+  max_length: int = 64  # bytes, the end token included
   dtype: str = "float32"
+
+  @property
+  def features(self) -> int:
+    """The largest number of features of a text."""
+    return self.max_length if self.max_words is None else self.max_words
 
 
 class EncoderBlock(nn.Module):
@@ -87,7 +95,8 @@ class ByteEncoder(nn.Module):
     """Encodes int32 tokens [B, S].
 
     Returns:
-      Features [B, ceil(S / pool), width] and their mask, True where there is text.
+      Features [B, S, width] (with `max_words` [B, max_words, width]) and their mask, True where
+      there is text.
 
     Raises:
       ConfigError: S is longer than the position table.
@@ -97,8 +106,6 @@ class ByteEncoder(nn.Module):
       raise ConfigError(
         f"a text of {tokens.shape[1]} bytes is longer than max_length {cfg.max_length}: cut it"
       )
-    tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % cfg.pool)), constant_values=PAD)
-    batch, length = tokens.shape
     mask = tokens != PAD
     table = self.param(
       "embedding",
@@ -114,14 +121,14 @@ class ByteEncoder(nn.Module):
     half = cfg.kernel // 2
     padded = jnp.pad(x, ((0, 0), (half, half), (0, 0)))[:, :, None]  # [B, S + k - 1, 1, D]
     x = x + layers.convolve(padded, kernel.astype(cfg.dtype)[:, None], method="matmul")[:, :, 0]
-    if cfg.pool > 1:
-      x = nn.silu(x) * mask[..., None]
-      x = x.reshape(batch, length // cfg.pool, cfg.pool, cfg.width).mean(2)
-      mask = mask.reshape(batch, length // cfg.pool, cfg.pool).any(2)
+    if cfg.max_words is not None:
+      share = word_shares(tokens, cfg.max_words)
+      x = jnp.einsum("bsw,bsd->bwd", share.astype(x.dtype), nn.silu(x))
+      mask = share.any(1)
     positions = self.param(
       "positions",
       layers.partitioned(nn.initializers.normal(0.02), None, "embed"),
-      (-(-cfg.max_length // cfg.pool), cfg.width),
+      (cfg.features, cfg.width),
     )
     x = x + positions[: x.shape[1]].astype(cfg.dtype)
     x = nn.with_logical_constraint(x, ("batch", "context_tokens", "act_embed"))
@@ -130,11 +137,26 @@ class ByteEncoder(nn.Module):
     return layers.Norm(dtype=cfg.dtype, name="norm")(x), mask
 
 
+def word_shares(tokens: jax.Array, words: int) -> jax.Array:
+  """How much each byte counts in the mean of each word: [B, S] -> [B, S, words] fp32.
+
+  Bytes up to the space (control characters too) part words; the end token is a word of its own.
+  What lies behind the last of `words` words counts nowhere.
+  """
+  blank = (tokens > END) & (tokens <= OFFSET + ord(" "))
+  inside = (tokens != PAD) & ~blank
+  first = inside & ~jnp.pad(inside, ((0, 0), (1, 0)))[:, :-1] | (tokens == END)
+  word = jnp.cumsum(first, 1) - 1
+  member = jax.nn.one_hot(word, words) * inside[..., None]
+  return member / jnp.maximum(member.sum(1, keepdims=True), 1.0)
+
+
 def flops(config: ByteEncoderConfig, tokens: int) -> dict[str, int]:
   """Matmul FLOPs of one forward pass over one text of `tokens` bytes, by part."""
-  width, pooled = config.width, -(-tokens // config.pool)
+  width, count = config.width, tokens if config.max_words is None else config.max_words
   return {
-    "convolution": 2 * pooled * config.pool * config.kernel * width * width,
-    "attention": config.layers * (8 * pooled * width * width + 4 * pooled * pooled * width),
-    "mlp": config.layers * layers.mlp_flops(pooled, width, config.mlp_width, "gelu"),
+    "convolution": 2 * tokens * config.kernel * width * width,
+    "words": 0 if config.max_words is None else 2 * tokens * count * width,
+    "attention": config.layers * (8 * count * width * width + 4 * count * count * width),
+    "mlp": config.layers * layers.mlp_flops(count, width, config.mlp_width, "gelu"),
   }

@@ -7,7 +7,6 @@ MetaCLIP and ByT5, run before training and leave their features in the records).
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -36,7 +35,7 @@ class ByteTextConfig(text_lib.ByteEncoderConfig):
   @property
   def lengths(self) -> tuple[int, ...]:
     """Features of one text, one for each encoder."""
-    return (math.ceil(self.max_length / self.pool),)
+    return (self.features,)
 
 
 @dataclasses.dataclass(frozen=True)

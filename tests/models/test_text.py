@@ -49,14 +49,24 @@ def test_padding_changes_no_feature():
   assert mask.all() and padded_mask.sum() == 13
 
 
-def test_pooling_shortens_the_text_and_still_ignores_padding():
-  encoder, params = _encoder(dataclasses.replace(CONFIG, pool=4))
-  features, mask = jax.jit(encoder.apply)(params, jnp.asarray(text.encode_bytes(["a red"], 8)))
-  long, long_mask = jax.jit(encoder.apply)(params, jnp.asarray(text.encode_bytes(["a red"], 22)))
-  assert features.shape == (1, 2, 16) and long.shape == (1, 6, 16)
-  assert mask.tolist() == [[True, True]]
-  assert long_mask.tolist() == [[True, True, False, False, False, False]]
-  np.testing.assert_allclose(features, long[:, :2], rtol=1e-4, atol=1e-5)
+def test_words_become_one_feature_each():
+  encoder, params = _encoder(dataclasses.replace(CONFIG, max_words=4))
+  texts = ["a red", "  a   red", "", "one two three four five"]
+  tokens = jnp.asarray(text.encode_bytes(texts, 24))
+  features, mask = jax.jit(encoder.apply)(params, tokens)
+  assert features.shape == (4, 4, 16)
+  assert mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+  short, _ = jax.jit(encoder.apply)(params, tokens[:1, :6])
+  np.testing.assert_allclose(short, features[:1], rtol=1e-4, atol=1e-5)  # padding changes nothing
+
+
+def test_bytes_count_for_their_own_word_only():
+  tokens = jnp.asarray(text.encode_bytes(["ab c"], 8))
+  shares = text.word_shares(tokens, 3)[0]
+  expected = np.zeros((8, 3))
+  expected[0, 0] = expected[1, 0] = 0.5
+  expected[3, 1] = expected[4, 2] = 1  # "c" and the end
+  np.testing.assert_array_equal(shares, expected)
 
 
 def test_a_text_that_is_too_long_names_the_limit():
@@ -65,9 +75,11 @@ def test_a_text_that_is_too_long_names_the_limit():
     jax.eval_shape(encoder.apply, params, jnp.ones((1, 25), jnp.int32))
 
 
-def test_flops_count_the_compiled_matmuls():
-  encoder, params = _encoder()
+@pytest.mark.parametrize("max_words", [None, 6])
+def test_flops_count_the_compiled_matmuls(max_words):
+  config = dataclasses.replace(CONFIG, max_words=max_words)
+  encoder, params = _encoder(config)
   tokens = jnp.ones((1, 24), jnp.int32)
   counted = jax.jit(encoder.apply).lower(params, tokens).compile().cost_analysis()["flops"]
-  formula = sum(text.flops(CONFIG, 24).values())
+  formula = sum(text.flops(config, 24).values())
   assert formula <= counted < 1.25 * formula  # the rest is norms and activations
