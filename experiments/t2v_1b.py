@@ -7,8 +7,8 @@ Hardware: 32 GPUs of 80 GB, or as many TPU v5p chips; batches divide over 8, 16 
 run by us. The size is that of mindone's re-implementation; steps, batches and rates are ours: the
 paper trains no 1B model for video.
 
-Captions go through the byte encoder (a feature for each word), trained along, so nothing but videos is needed. For
-the text encoders of the paper: --config.stages.t2i_256.task.text.kind is "features" in t2v_30b.py.
+Captions go through the byte encoder (a feature for each word), which is trained along: nothing but
+videos with captions is needed. The text encoders of the paper: see experiments/t2v_30b.py.
 """
 
 from mgen_jax import config
