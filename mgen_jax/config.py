@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from ml_collections import config_dict
@@ -19,6 +19,7 @@ from mgen_jax import schema, tasks
 from mgen_jax.data.buckets import Bucket, parse_bucket
 from mgen_jax.data.marbles import WorldConfig
 from mgen_jax.errors import ConfigError, UserError
+from mgen_jax.models import backbone as backbone_lib
 from mgen_jax.parallel.mesh import MeshConfig
 
 
@@ -194,6 +195,24 @@ class Experiment:
   stages: dict[str, Any] = schema.one_of("kind", lambda: STAGES, each=True)
 
 
+def backbone(size: str, *, dit: bool = False, **changes: Any) -> dict[str, Any]:
+  """The "model" of a generator: a named size of the backbone, every key written out.
+
+  Args:
+    size: "30B", "17B", "9B", "7B", "5B", "1B" or "toy".
+    dit: the DiT arm of the paper's ablation instead of the LLaMa3-like one.
+    **changes: keys of BackboneConfig that differ.
+
+  Raises:
+    ConfigError: there is no such size.
+  """
+  if size not in backbone_lib.SIZES:
+    raise ConfigError(f"unknown size {size!r}: {schema.suggest(size, list(backbone_lib.SIZES))}")
+  model = backbone_lib.SIZES[size]
+  model = backbone_lib.dit_arm(model) if dit else model
+  return {**schema.to_plain(model), **changes}
+
+
 def experiment(*, name: str, stages: Mapping[str, Any], **values: Any) -> config_dict.ConfigDict:
   """A complete experiment from the keys that differ from the defaults.
 
@@ -236,13 +255,21 @@ def resolve(values: Mapping[str, Any] | config_dict.ConfigDict) -> Experiment:
   return made
 
 
-def check_devices(made: Experiment, devices: int, processes: int) -> None:
+def check_devices(
+  made: Experiment, devices: int, processes: int, stages: Sequence[str] | None = None
+) -> None:
   """The checks that need the number of devices and hosts.
+
+  Args:
+    made: the experiment.
+    devices: of all hosts.
+    processes: hosts.
+    stages: those that will run on them; None: all. A recipe may need other numbers later on.
 
   Raises:
     ConfigError: a mesh that does not fit the devices, a batch that does not divide.
   """
-  for name in made.recipe:
+  for name in made.recipe if stages is None else stages:
     stage = made.stages[name]
     if not isinstance(stage, TrainStage):
       continue
@@ -314,6 +341,7 @@ def _check_train(made: Experiment, name: str, stage: TrainStage, before: tuple[s
         f'{path}.init_from is "{stage.init_from}", which trains {origin.task.name}: it must train '
         f"{stage.task.name}."
       )
+    stage.task.check_origin(origin.task, path)
   source = tasks.TASKS[stage.task.name].source
   if source == "latents":
     if stage.latents is None:

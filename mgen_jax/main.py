@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
   if _DISTRIBUTED.value or _COORDINATOR.value:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of use on CPUs only
     jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-  config_lib.check_devices(experiment, jax.device_count(), jax.process_count())
+  config_lib.check_devices(experiment, jax.device_count(), jax.process_count(), stages)
   work = Workdir.create(_WORKDIR.value or f"runs/{experiment.name}", experiment)
   logging.info(
     "%s in %s on %d x %s", experiment.name, work.root, jax.device_count(), jax.devices()[0]

@@ -80,6 +80,8 @@ class Generator:
     self.trained = dict(trained)
     self.fps = fps
     self.mesh = mesh
+    # Over which devices the samples are split: not over replicas that share them for guidance.
+    self._axis = "batch" if mesh.shape["replica"] == 1 else "samples"
     self._mean = np.asarray(latents["mean"], np.float32)
     self._std = np.asarray(latents["std"], np.float32)
     self._programs: dict[tuple[Bucket, SamplerConfig], Callable] = {}
@@ -100,7 +102,11 @@ class Generator:
       UserError: there is no such stage, or no checkpoint that can be used.
     """
     name = last_trained(work, _TASK) if stage is None else _named_stage(work, stage)
-    mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), devices or jax.local_devices())
+    devices = devices or jax.local_devices()
+    split = work.experiment.stages[name].task.sampler.guidance_split == "mesh"
+    # With the branches of guidance on halves of the devices, two replicas of the model are needed.
+    replicas = 2 if split and len(devices) % 2 == 0 else 1
+    mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(replica=replicas), devices)
     with mesh_lib.use(mesh):
       task, params, meta = runner.load_trained(work, name, mesh)
       coder = config_lib.autoencoder_of(work.experiment, name)
@@ -147,7 +153,7 @@ class Generator:
     Raises:
       UserError: the sampler cannot be used, or the samples are not finite.
     """
-    count, parts = len(prompts), mesh_lib.batch_shards(self.mesh)
+    count, parts = len(prompts), self.mesh.shape["fsdp"]
     batch = min(count, _BATCH) if batch is None else batch
     if count != len(seeds) or min(count, batch) < 1:
       raise ValueError(f"{count} prompts, {len(seeds)} seeds, batches of {batch}")
@@ -186,8 +192,8 @@ class Generator:
 
   def _run(self, program: Callable, tokens: np.ndarray, seeds: np.ndarray) -> tuple:
     with mesh_lib.use(self.mesh):
-      tokens = jax.device_put(tokens, rules.sharding(self.mesh, ("batch", None)))
-      seeds = jax.device_put(seeds, rules.sharding(self.mesh, ("batch",)))
+      tokens = jax.device_put(tokens, rules.sharding(self.mesh, (self._axis, None)))
+      seeds = jax.device_put(seeds, rules.sharding(self.mesh, (self._axis,)))
       return jax.device_get(program(self.params, self.autoencoder_params, tokens, seeds))
 
 
@@ -299,6 +305,7 @@ def draw(
   Raises:
     UserError: they cannot be drawn or written.
   """
+  generator.task.tokenize(list(prompts))  # refuses prompts that the model cannot read
   limit = generator.task.config.text.max_length - 1
   for prompt in prompts:
     if len(prompt.encode()) > limit:

@@ -23,15 +23,24 @@ from mgen_jax.errors import ConfigError
 _ONE_OF = "mgen_one_of"
 
 
-def one_of(tag: str, options: Callable[[], Mapping[str, type]], *, each: bool = False) -> Any:
+def one_of(
+  tag: str,
+  options: Callable[[], Mapping[str, type]],
+  *,
+  each: bool = False,
+  default: str | None = None,
+) -> Any:
   """A dataclass field that holds one of several dataclasses, picked by the value of key `tag`.
 
   Args:
     tag: the key that picks; every one of the classes has it as a field, with its name as default.
     options: gives the classes by name; called late, so that modules may register themselves.
     each: the field is a `dict[str, ...]` and each of its entries is one of the classes.
+    default: the tag where none is given; the field then has that class's defaults as its own.
   """
-  return dataclasses.field(metadata={_ONE_OF: (tag, options, each)}, kw_only=True)
+  factory = dataclasses.MISSING if default is None else lambda: options()[default]()
+  metadata = {_ONE_OF: (tag, options, each, default)}
+  return dataclasses.field(metadata=metadata, default_factory=factory, kw_only=True)
 
 
 def suggest(word: str, known: Sequence[str]) -> str:
@@ -114,21 +123,22 @@ def _hints(cls: type) -> dict[str, Any]:
 
 def _build_one_of(rule: tuple, value: Any, where: str) -> Any:
   """Makes the dataclass that the tag in `value` names; for `each`, one for every entry."""
-  tag, options, each = rule
+  tag, options, each, default = rule
   options = options()
   if any(type(value) is cls for cls in options.values()):
     return value
   if not isinstance(value, Mapping | config_dict.ConfigDict):
     raise ConfigError(f'{where} is {value!r}: it must be a group of keys with a "{tag}".')
   if each:
-    one = (tag, lambda: options, False)
+    one = (tag, lambda: options, False, default)
     return {key: _build_one_of(one, item, f"{where}.{key}") for key, item in value.items()}
-  if tag not in value:
+  picked = value.get(tag, default)
+  if picked is None:
     raise ConfigError(f"{where}.{tag} is missing: one of {', '.join(sorted(options))}.")
-  if value[tag] not in options:
-    near = suggest(str(value[tag]), list(options))
-    raise ConfigError(f"{where}.{tag} is {value[tag]!r}, which is not known: {near}")
-  return build(options[value[tag]], value, where)
+  if picked not in options:
+    near = suggest(str(picked), list(options))
+    raise ConfigError(f"{where}.{tag} is {picked!r}, which is not known: {near}")
+  return build(options[picked], value, where)
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

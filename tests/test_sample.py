@@ -91,6 +91,17 @@ def test_a_video_is_the_same_on_eight_devices(work, bucket, videos):
   assert difference(wide.generate(PROMPTS, bucket, SEEDS), videos) <= 1
 
 
+def test_a_video_is_the_same_with_its_guidance_split_over_the_devices(work, bucket, videos):
+  stage = work.experiment.stages["t2v"]
+  sampler = dataclasses.replace(stage.task.sampler, guidance_split="mesh")
+  stage = dataclasses.replace(stage, task=dataclasses.replace(stage.task, sampler=sampler))
+  stages = {**work.experiment.stages, "t2v": stage}
+  split = Workdir(work.root, dataclasses.replace(work.experiment, stages=stages))
+  wide = sample.Generator.load(split, devices=jax.devices()[:8])
+  assert wide.mesh.shape["replica"] == 2
+  assert difference(wide.generate(PROMPTS, bucket, SEEDS), videos) <= 1
+
+
 def test_seed_prompt_and_guidance_each_make_another_video(generator, bucket, videos):
   steps = generator.task.config.sampler
   for prompt, seed, sampler in (

@@ -32,6 +32,8 @@ def get_config():
     "stride": (4, 8, 8),
     "sampler": {"num_steps": 4, "guidance": 2.0},
   }  # fmt: skip
+  # Images need one frame and 2x2 patches: the position tables grow between the stages.
+  image_generator = {**generator, "model": {**generator["model"], "max_positions": (1, 2, 2)}}
   train = {
     "kind": "train", "steps": 6, "log_every": 1, "checkpoint_every": 2, "threads": 2,
     "optimizer": {"lr": 1e-3},
@@ -49,7 +51,9 @@ def get_config():
       "ingest": {"kind": "ingest", "workers": 2},
       "autoencoder": {**train, "task": autoencoder, "buckets": _buckets(IMAGES + CLIPS)},
       "encode": {"kind": "encode", "buckets": IMAGES + CLIPS, "batch": 8, "shard_examples": 8},
-      "t2i": {**train, "task": generator, "latents": "encode", "buckets": _buckets(IMAGES)},
+      "t2i": {
+        **train, "task": image_generator, "latents": "encode", "buckets": _buckets(IMAGES),
+      },
       "t2v": {
         **train, "task": generator, "latents": "encode", "init_from": "t2i",
         "buckets": _buckets(IMAGES + CLIPS), "validate_every": 3,

@@ -19,6 +19,9 @@ def guided(
   condition: Any,
   no_condition: Any,
   scale: Array | float,
+  *,
+  gather: Callable[[Any], Any] = lambda tree: tree,
+  spread: Callable[[Any], Any] = lambda tree: tree,
 ) -> Callable[[Array, Array], Array]:
   """A velocity with guidance, its two branches evaluated as one batch of twice the size.
 
@@ -27,16 +30,22 @@ def guided(
     condition: tree of arrays with a leading B.
     no_condition: the same tree for the empty condition.
     scale: w. A Python 1.0 (or 1) drops the unconditional branch.
+    gather: where on the mesh the arrays of B examples lie, as a constraint on a tree of them.
+    spread: likewise for the 2B of both branches, of which the first B are conditional.
 
   Returns:
     (x [B, ...], t [B]) -> u [B, ...].
   """
   if isinstance(scale, (int, float)) and scale == 1:
     return lambda x, t: velocity(x, t, condition)
-  both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), condition, no_condition)
+
+  def join(a, b):
+    return spread(jnp.concatenate([gather(a), gather(b)]))
+
+  both = jax.tree.map(join, condition, no_condition)
 
   def u(x, t):
-    out = velocity(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both)
-    return combine(*jnp.split(out, 2), scale)
+    out = velocity(join(x, x), join(t, t), both)
+    return gather(combine(*jnp.split(out, 2), scale))
 
   return u

@@ -8,6 +8,7 @@ layer. Not here: text encoders, the autoencoder, and how time and noise are draw
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mgen_jax.errors import ConfigError
 from mgen_jax.models import layers
+from mgen_jax.models import positions as positions_lib
+from mgen_jax.models import remat as remat_lib
 from mgen_jax.parallel.attention import attention
 
 Array = jax.Array
@@ -34,29 +37,69 @@ class BackboneConfig:
   layers: int = 48
   width: int = 6144
   heads: int = 48
+  kv_heads: int | None = None  # fewer heads of keys and values (GQA); None: as many as `heads`
   mlp_width: int = 16384
-  activation: str = "swiglu"  # or "silu", "gelu"
-  norm: str = "rms"  # or "layer"
+  activation: Literal["swiglu", "silu", "gelu"] = "swiglu"
+  norm: Literal["rms", "layer"] = "rms"
   norm_eps: float = 1e-5
   norm_affine: bool = True
   use_bias: bool = False
-  qk_norm: bool = False
+  qk_norm: bool = False  # RMSNorm of each head's queries and keys
   cross_norm: bool = False  # the paper draws no norm in front of the cross-attention
+  # The cross-attention starts silent, as in PixArt; the paper does not say.
+  cross_zero_init: bool = False
   in_channels: int = 16  # of the latents, with every condition that is concatenated to them
   out_channels: int = 16
   patch: tuple[int, int, int] = (1, 2, 2)
-  max_positions: tuple[int, int, int] = (32, 96, 96)  # in patches: time, height, width
+  # "learned": factorised tables, added at the input of every layer (section 3.1.3); "rotary":
+  # queries and keys of the self-attention are turned by time, height and width, without tables.
+  positions: Literal["learned", "rotary"] = "learned"
+  max_positions: tuple[int, int, int] = (32, 96, 96)  # of the tables: time, height, width patches
   position_std: float = 0.02  # of the position tables at the start; a toy learns faster from 0.5
+  # How the tables of an earlier stage with fewer positions become this model's; see
+  # `positions.grow`.
+  position_growth: Literal["interpolate", "extend"] = "interpolate"
+  rotary_theta: float = 10_000.0
   context_widths: tuple[int, ...] = (4096, 1280, 1472)  # UL2, MetaCLIP, ByT5
+  # How the self-attention sees the tokens of the other devices on the mesh axis "context".
+  context_parallel: Literal["all_gather", "ring", "ulysses"] = "all_gather"
   dtype: str = "bfloat16"
-  remat: str = "full"  # a key of REMAT_POLICIES
+  remat: str = "full"  # see models/remat.py
   scan_unroll: int = 1  # layers per iteration of the scan; a toy on a CPU runs faster unrolled
 
+  def __post_init__(self):
+    if self.width % self.heads:
+      raise ConfigError(f"width {self.width} does not divide into {self.heads} heads.")
+    if self.heads % self.key_heads:
+      raise ConfigError(f"heads {self.heads} do not divide into kv_heads {self.kv_heads} groups.")
+    if self.positions == "rotary" and (self.head_dim % 2 or self.head_dim < 6):
+      raise ConfigError(
+        f"heads of {self.head_dim} cannot be rotated in three dimensions: width / heads must be "
+        "even and at least 6."
+      )
 
+  @property
+  def head_dim(self) -> int:
+    """Width of one head."""
+    return self.width // self.heads
+
+  @property
+  def key_heads(self) -> int:
+    """Heads of keys and values."""
+    return self.heads if self.kv_heads is None else self.kv_heads
+
+
+# The 30B and 5B are the paper's (the 5B's mlp_width is chosen to give 5B). It names 7B, 9B and 17B
+# without their shapes: ours keep its proportions, heads of 128 and a number of heads that tensor
+# parallelism over 4 divides. The 1B is the one of mindone's re-implementation.
+_FULL = BackboneConfig(cross_zero_init=True)
 SIZES = {
-  "30B": BackboneConfig(),
-  "5B": BackboneConfig(layers=32, width=3072, heads=24, mlp_width=8192),
-  "1B": BackboneConfig(layers=24, width=1536, heads=16, mlp_width=4096),
+  "30B": _FULL,
+  "17B": dataclasses.replace(_FULL, layers=40, width=5120, heads=40, mlp_width=13824),
+  "9B": dataclasses.replace(_FULL, layers=32, width=4096, heads=32, mlp_width=11776),
+  "7B": dataclasses.replace(_FULL, layers=32, width=3584, heads=28, mlp_width=10240),
+  "5B": dataclasses.replace(_FULL, layers=32, width=3072, heads=24, mlp_width=8192),
+  "1B": dataclasses.replace(_FULL, layers=24, width=1536, heads=16, mlp_width=4096),
   "toy": BackboneConfig(
     layers=6,
     width=192,
@@ -80,54 +123,46 @@ def dit_arm(config: BackboneConfig) -> BackboneConfig:
   )
 
 
-def _policies():
-  policies = jax.checkpoint_policies
-  return {
-    "none": None,
-    "full": policies.nothing_saveable,
-    "save_attention": policies.save_only_these_names("attention"),
-    "save_projections": policies.save_only_these_names("attention", "projection"),
-    "save_dots": policies.dots_with_no_batch_dims_saveable,
-    "offload": policies.save_and_offload_only_these_names(
-      names_which_can_be_saved=[],
-      names_which_can_be_offloaded=["block_input"],
-      offload_src="device",
-      offload_dst="pinned_host",
-    ),
-  }
-
-
-REMAT_POLICIES = _policies()
-
-
 class Attention(nn.Module):
   """Multi-head attention of x [B, N, D] to itself or to a source [B, S, D] under its mask."""
 
   config: BackboneConfig
 
   @nn.compact
-  def __call__(self, x: Array, source: Array | None = None, mask: Array | None = None) -> Array:
+  def __call__(
+    self,
+    x: Array,
+    source: Array | None = None,
+    mask: Array | None = None,
+    angles: Array | None = None,
+  ) -> Array:
     cfg = self.config
     batch, tokens, width = x.shape
-    dense = functools.partial(layers.Dense, width, use_bias=cfg.use_bias, dtype=cfg.dtype)
+    dense = functools.partial(layers.Dense, use_bias=cfg.use_bias, dtype=cfg.dtype)
 
-    def split(y, name):
-      y = y.reshape(*y.shape[:2], cfg.heads, width // cfg.heads)  # [B, N, H, Dh]
+    def heads(inputs, name, count, axes):
+      y = dense(count * cfg.head_dim, ("embed", "heads"), name=name)(inputs)
+      y = y.reshape(*y.shape[:2], count, cfg.head_dim)  # [B, N, H, Dh]
       if cfg.qk_norm and name != "value":
         y = layers.Norm("rms", cfg.norm_eps, dtype=cfg.dtype, name=f"{name}_norm")(y)
-      return y
+      if angles is not None and name != "value":
+        y = positions_lib.rotate(y, angles)
+      return checkpoint_name(nn.with_logical_constraint(y, axes), "projection")
 
     inputs = x if source is None else source
     key_axes = HEADS if source is None else CONTEXT_HEADS
-    query = split(dense(("embed", "heads"), name="query")(x), "query")
-    key = split(dense(("embed", "heads"), name="key")(inputs), "key")
-    value = split(dense(("embed", "heads"), name="value")(inputs), "value")
-    query = checkpoint_name(nn.with_logical_constraint(query, HEADS), "projection")
-    key = checkpoint_name(nn.with_logical_constraint(key, key_axes), "projection")
-    value = checkpoint_name(nn.with_logical_constraint(value, key_axes), "projection")
-    out = nn.with_logical_constraint(attention(query, key, value, mask=mask), HEADS)
-    out = checkpoint_name(out.reshape(batch, tokens, width), "attention")
-    return dense(("heads", "embed"), name="out")(out)
+    query = heads(x, "query", cfg.heads, HEADS)
+    key = heads(inputs, "key", cfg.key_heads, key_axes)
+    value = heads(inputs, "value", cfg.key_heads, key_axes)
+    if source is None:
+      out = attention(query, key, value, mask=mask, context_parallel=cfg.context_parallel)
+    else:  # every device has the whole text: there is nothing to exchange
+      out = attention(query, key, value, mask=mask, split_keys=False)
+    out = nn.with_logical_constraint(out, HEADS).reshape(batch, tokens, width)
+    out = checkpoint_name(out, "attention")
+    quiet = source is not None and cfg.cross_zero_init
+    init = nn.initializers.zeros if quiet else layers.fan_in_init
+    return dense(width, ("heads", "embed"), kernel_init=init, name="out")(out)
 
 
 class Block(nn.Module):
@@ -137,13 +172,24 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Array, positions: Array, modulation: Array, context: Array, mask: Array | None
+    self,
+    x: Array,
+    positions: Array | None,
+    angles: Array | None,
+    modulation: Array,
+    context: Array,
+    mask: Array | None,
   ) -> tuple[Array, None]:
     """Runs the layer.
 
+    Between the attentions and the MLP, which need all tokens of an example (or all of a device's
+    share of them) and are split over heads and hidden units, the tokens are split over the mesh
+    axis "tensor" as well: norms and the residual stream cost each device its share only.
+
     Args:
       x: tokens [B, N, D].
-      positions: [1, N, D], added at the input of every layer.
+      positions: [1, N, D], added at the input of every layer, if they are learned.
+      angles: [N, head_dim / 2], if positions are rotary.
       modulation: [B, 6, D] fp32, the shared MLP's output; the layer adds its own table.
       context: [B, S, D]; mask: [B, S] bool, True where there is text.
     """
@@ -151,7 +197,7 @@ class Block(nn.Module):
     norm = functools.partial(
       layers.Norm, cfg.norm, cfg.norm_eps, affine=cfg.norm_affine, dtype=cfg.dtype
     )
-    x = checkpoint_name(nn.with_logical_constraint(x, TOKENS), "block_input")
+    x = checkpoint_name(nn.with_logical_constraint(x, NORM_TOKENS), "block_input")
     table = self.param(
       "modulation",
       layers.partitioned(nn.initializers.normal(cfg.width**-0.5), None, "embed"),
@@ -160,17 +206,23 @@ class Block(nn.Module):
     shifts = jnp.split((modulation + table).astype(cfg.dtype), 6, axis=1)  # six of [B, 1, D]
     shift1, scale1, gate1, shift2, scale2, gate2 = shifts
 
-    x = x + positions
-    y = nn.with_logical_constraint(norm(name="self_norm")(x), NORM_TOKENS)
-    y = nn.with_logical_constraint(y * (1 + scale1) + shift1, TOKENS)
-    x = x + gate1 * Attention(cfg, name="self_attention")(y)
-    y = norm(name="cross_norm")(x) if cfg.cross_norm else x
-    x = x + Attention(cfg, name="cross_attention")(y, context, mask)
-    y = nn.with_logical_constraint(norm(name="mlp_norm")(x), NORM_TOKENS)
-    y = nn.with_logical_constraint(y * (1 + scale2) + shift2, TOKENS)
+    def whole(y):  # this device's share of the context axis, no longer split over "tensor"
+      return nn.with_logical_constraint(y, TOKENS)
+
+    def split(y):
+      return nn.with_logical_constraint(y, NORM_TOKENS)
+
+    if positions is not None:
+      x = x + positions
+    y = whole(norm(name="self_norm")(x) * (1 + scale1) + shift1)
+    y = split(Attention(cfg, name="self_attention")(y, angles=angles))
+    x = x + gate1 * y
+    y = whole(norm(name="cross_norm")(x) if cfg.cross_norm else x)
+    x = x + split(Attention(cfg, name="cross_attention")(y, context, mask))
+    y = whole(norm(name="mlp_norm")(x) * (1 + scale2) + shift2)
     mlp = layers.MLP(cfg.mlp_width, cfg.activation, cfg.use_bias, cfg.dtype, name="mlp")
-    x = x + gate2 * mlp(y)
-    return nn.with_logical_constraint(x, TOKENS), None
+    x = x + gate2 * split(mlp(y))
+    return split(x), None
 
 
 def patchify(latents: Array, patch: Sequence[int]) -> Array:
@@ -233,7 +285,11 @@ class Backbone(nn.Module):
     x = layers.Dense(
       cfg.width, (None, "embed"), use_bias=cfg.use_bias, dtype=cfg.dtype, name="patch_in"
     )(x)
-    positions = self._positions(grid).astype(cfg.dtype)
+    positions = angles = None
+    if cfg.positions == "learned":
+      positions = self._positions(grid).astype(cfg.dtype)
+    else:
+      angles = positions_lib.rotary_angles(grid, cfg.head_dim, cfg.rotary_theta)
     text, mask = self._context(context, context_mask)
 
     embedded = layers.TimeEmbedding(cfg.width, use_bias=cfg.use_bias, name="time")(time)
@@ -247,19 +303,14 @@ class Backbone(nn.Module):
       name="modulation",
     )(nn.silu(embedded)).reshape(batch, 6, cfg.width)
 
-    x = self._layers()(x, positions, shared, text, mask)[0]
+    x = self._layers()(x, positions, angles, shared, text, mask)[0]
     return self._head(x, embedded, grid)
 
   def _layers(self) -> nn.Module:
     """The stack of layers: parameters [layers, ...] whatever the remat policy and the unroll."""
     cfg = self.config
-    if cfg.remat not in REMAT_POLICIES:
-      raise ConfigError(
-        f"unknown remat policy {cfg.remat!r}: use one of {', '.join(sorted(REMAT_POLICIES))}"
-      )
-    block = Block
-    if cfg.remat != "none":
-      block = nn.remat(Block, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False)
+    policy = remat_lib.policy(cfg.remat)
+    block = Block if policy is None else nn.remat(Block, policy=policy, prevent_cse=False)
     stack = nn.scan(
       block,
       variable_axes={"params": 0},
@@ -274,9 +325,9 @@ class Backbone(nn.Module):
   def _positions(self, grid: Sequence[int]) -> Array:
     """The factorised learnable positions of a grid of patches: [1, t*h*w, D] (section 3.1.3)."""
     cfg = self.config
-    total = 0.0
+    tables = []
     for axis, (name, n, limit) in enumerate(
-      zip(("frames", "height", "width"), grid, cfg.max_positions, strict=True)
+      zip(positions_lib.AXES, grid, cfg.max_positions, strict=True)
     ):
       if n > limit:
         raise ConfigError(
@@ -284,11 +335,8 @@ class Backbone(nn.Module):
           f"raise max_positions[{axis}] to {n} or choose a smaller bucket"
         )
       init = layers.partitioned(nn.initializers.normal(cfg.position_std), None, "embed")
-      table = self.param(f"position_{name}", init, (limit, cfg.width))[:n]
-      shape = [1, 1, 1, cfg.width]
-      shape[axis] = n
-      total = total + table.reshape(shape)
-    return total.reshape(1, -1, cfg.width)
+      tables.append(self.param(f"position_{name}", init, (limit, cfg.width))[:n])
+    return positions_lib.grid_sum(tables)
 
   def _context(self, context, context_mask) -> tuple[Array, Array | None]:
     """Projects and normalises each context and joins them along the tokens: [B, S, D], [B, S]."""
@@ -331,7 +379,7 @@ class Backbone(nn.Module):
     )
     shift, scale = jnp.split(embedded[:, None].astype(jnp.float32) + table, 2, axis=1)
     x = layers.Norm(cfg.norm, cfg.norm_eps, affine=cfg.norm_affine, name="head_norm")(x)
-    x = x * (1 + scale) + shift
+    x = nn.with_logical_constraint(x * (1 + scale) + shift, NORM_TOKENS)
     values = cfg.patch[0] * cfg.patch[1] * cfg.patch[2] * cfg.out_channels
     x = layers.Dense(
       values,
@@ -360,17 +408,39 @@ def flops(
   """
   counts = [text_tokens] if isinstance(text_tokens, int) else list(text_tokens)
   d, n, s = config.width, 1, sum(counts)
+  keys = config.key_heads * config.head_dim
   values = config.patch[0] * config.patch[1] * config.patch[2]
   for size, patch in zip(latent_shape, config.patch, strict=True):
     n *= size // patch
   texts = sum(c * w for c, w in zip(counts, config.context_widths, strict=True))
   return {
     "embedding": 2 * d * (n * values * config.in_channels + texts),
-    "self_attention": config.layers * 2 * n * 4 * d * d,
+    "self_attention": config.layers * 2 * n * (2 * d + 2 * keys) * d,
     "self_scores": config.layers * 4 * n * n * d,
-    "cross_attention": config.layers * 2 * (2 * n + 2 * s) * d * d,
+    "cross_attention": config.layers * 2 * (2 * n * d + 2 * s * keys) * d,
     "cross_scores": config.layers * 4 * n * s * d,
     "mlp": config.layers * layers.mlp_flops(n, d, config.mlp_width, config.activation),
     "modulation": 2 * d * (256 + d + 6 * d),
     "head": 2 * n * d * values * config.out_channels,
   }
+
+
+def grow_positions(params: dict, fresh: dict, method: str) -> dict:
+  """Parameters of a smaller grid for a model with longer position tables.
+
+  Args:
+    params: trained; fresh: those of the larger model at its start, for rows that are new.
+    method: see `positions.grow`.
+
+  Returns:
+    `params` with its position tables grown to the size of those in `fresh`.
+
+  Raises:
+    ConfigError: a table would shrink.
+  """
+  grown = dict(params)
+  for axis in positions_lib.AXES:
+    name = f"position_{axis}"
+    if name in params and name in fresh:
+      grown[name] = positions_lib.grow(params[name], fresh[name], method)
+  return grown

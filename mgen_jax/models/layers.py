@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
 Initializer = Callable[..., Array]
@@ -119,12 +120,14 @@ class MLP(nn.Module):
     def dense(features, axes, name):
       return Dense(features, axes, use_bias=self.use_bias, dtype=self.dtype, name=name)
 
+    def project(name):
+      return checkpoint_name(dense(self.hidden, ("embed", "mlp"), name)(x), "mlp_projection")
+
     act = functions[self.activation]
     if self.activation == "swiglu":
-      gate = dense(self.hidden, ("embed", "mlp"), "gate")(x)
-      hidden = act(gate) * dense(self.hidden, ("embed", "mlp"), "up")(x)
+      hidden = act(project("gate")) * project("up")
     else:
-      hidden = act(dense(self.hidden, ("embed", "mlp"), "up")(x))
+      hidden = act(project("up"))
     hidden = nn.with_logical_constraint(hidden, self.activation_axes)
     return dense(x.shape[-1], ("mlp", "embed"), "down")(hidden)
 

@@ -34,6 +34,8 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
   ("act_heads", "tensor"),
   ("act_mlp", "tensor"),
   ("context_tokens", None),
+  # [samples, ...]: what is sampled while the two branches of guidance are split over replica.
+  ("samples", "fsdp"),
   # Media: [batch, frames, height, width, channels].
   ("frames", None),
   ("height", None),

@@ -10,6 +10,7 @@ import numpy as np
 
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.diffusion import flow_matching
+from mgen_jax.errors import ConfigError
 from mgen_jax.models import autoencoder
 from mgen_jax.models.autoencoder import AutoencoderConfig
 from mgen_jax.tasks.base import ArraySpec
@@ -33,6 +34,12 @@ class AutoencoderTaskConfig:
     """Raises ConfigError for a bucket that the strides do not divide."""
     self.model.latent_shape(bucket.frames, bucket.height, bucket.width)
 
+  def check_origin(self, origin: "AutoencoderTaskConfig", path: str) -> None:
+    """Raises ConfigError where this model cannot start from the parameters of `origin`."""
+    free = {key: getattr(self.model, key) for key in ("conv_method", "dtype")}
+    if dataclasses.replace(origin.model, **free) != self.model:
+      raise ConfigError(f"{path}.task.model differs from that of the stage it starts from.")
+
 
 class AutoencoderTask:
   """Videos -> latents -> videos."""
@@ -48,6 +55,11 @@ class AutoencoderTask:
     rows, columns = self.config.model.space_strides
     video = jnp.zeros((1, self.config.model.time_stride, rows, columns, 3))
     return self._model.init(key, video)["params"]
+
+  def adapt(self, params: Any, fresh: Any) -> Any:
+    """Nothing of an autoencoder grows from stage to stage."""
+    del fresh
+    return params
 
   def loss(
     self, params: Any, batch: dict[str, jax.Array], keys: jax.Array

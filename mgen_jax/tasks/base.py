@@ -32,6 +32,13 @@ class Task(Protocol):
   def init(self, key: jax.Array) -> Any:
     """Random parameters, in boxes that carry logical axis names."""
 
+  def adapt(self, params: Any, fresh: Any) -> Any:
+    """Parameters of an earlier stage for this task's model, which may be larger.
+
+    `fresh` are parameters of this model at its start, both bare trees; shapes that still differ
+    afterwards are a fault of the user's.
+    """
+
   def loss(
     self, params: Any, batch: dict[str, jax.Array], keys: jax.Array
   ) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -5,48 +5,76 @@ this file knows no autoencoder: decoding is the business of whoever samples.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mgen_jax import schema
 from mgen_jax.data.buckets import Bucket
-from mgen_jax.diffusion import flow_matching, guidance, samplers, time_grids
+from mgen_jax.diffusion import flow_matching, guidance, samplers, time_grids, v_prediction
 from mgen_jax.errors import ConfigError
 from mgen_jax.models import backbone
-from mgen_jax.models import text as text_lib
 from mgen_jax.models.autoencoder import AutoencoderConfig
+from mgen_jax.tasks import text_inputs
 from mgen_jax.tasks.base import ArraySpec
+
+# Model keys that an earlier stage may have had otherwise: they shape no parameter, or can grow.
+_FREE = {"max_positions", "position_growth", "position_std", "context_parallel", "dtype", "remat"}
+_FREE |= {"scan_unroll", "cross_zero_init"}
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
   """How samples are drawn; the defaults are the paper's (section 3.4.2)."""
 
-  method: Literal["euler", "midpoint", "heun"] = "euler"
-  grid: Literal["linear", "quadratic", "linear_quadratic"] = "linear_quadratic"
+  method: Literal["euler", "midpoint", "heun", "ddim"] = "euler"  # ddim: of v-prediction only
+  grid: Literal["linear", "quadratic", "linear_quadratic"] = "linear_quadratic"  # not of ddim
   num_steps: int = 50
   linear_steps: int = 250  # that the linear-quadratic grid stands for
   guidance: float = 7.5
+  # The two branches of guidance: "batch" evaluates them as one batch of twice the size; "mesh"
+  # gives each to one half of the devices (mesh axis replica), for few samples on many devices.
+  guidance_split: Literal["batch", "mesh"] = "batch"
+  # Of the model's computation; "bfloat16" keeps the layers' weights in it too. The state of the
+  # solver stays fp32.
+  dtype: Literal["model", "float32", "bfloat16"] = "model"
 
 
 @dataclasses.dataclass(frozen=True)
 class TextToVideoConfig:
-  """The generator: backbone, text encoder and objective.
+  """The generator: backbone, text and objective.
 
   The papers do not state the caption dropout; 10 % is what the field uses.
   """
 
   name: str = "text_to_video"
   model: backbone.BackboneConfig = backbone.BackboneConfig()
-  text: text_lib.ByteEncoderConfig = text_lib.ByteEncoderConfig()
+  text: Any = schema.one_of("kind", lambda: text_inputs.CONFIGS, default="bytes")
   stride: tuple[int, int, int] = (8, 8, 8)  # pixels per latent: (frames, height, width)
   caption_dropout: float = 0.1  # share of captions replaced by the empty one, for guidance
-  time_mean: float = 0.0  # of the logit of t
+  # "v_prediction": diffusion with zero terminal SNR, the paper's ablation (section 3.6.2).
+  objective: Literal["flow_matching", "v_prediction"] = "flow_matching"
+  time_mean: float = 0.0  # of the logit of t, in flow matching
   time_std: float = 1.0
   sampler: SamplerConfig = SamplerConfig()
+
+  def __post_init__(self):
+    self.check_sampler(self.sampler)
+
+  def check_sampler(self, sampler: SamplerConfig) -> None:
+    """Raises ConfigError for a sampler of the other objective."""
+    if (sampler.method == "ddim") != (self.objective == "v_prediction"):
+      known = "ddim" if self.objective == "v_prediction" else ", ".join(samplers.SOLVERS)
+      raise ConfigError(
+        f'sampler.method is "{sampler.method}": a model of objective "{self.objective}" is sampled '
+        f"by {known}."
+      )
 
   def latent_shape(self, bucket: Bucket) -> tuple[int, int, int, int]:
     """(T, H, W, C) of the latents of a bucket."""
@@ -69,6 +97,8 @@ class TextToVideoConfig:
         raise ConfigError(f"{names[axis]} {side} is not a multiple of {unit}: use {nearest}.")
     for axis, size in enumerate(latents):
       limit = self.model.max_positions[axis] * self.model.patch[axis]
+      if self.model.positions == "rotary":
+        limit = size
       if size > limit or size % self.model.patch[axis]:
         raise ConfigError(
           f"its latent {names[axis]} is {size}, and the model takes multiples of "
@@ -77,7 +107,12 @@ class TextToVideoConfig:
         )
 
   def check_latents(self, autoencoder: AutoencoderConfig, path: str) -> None:
-    """Raises ConfigError where this model does not fit the latents of an autoencoder."""
+    """Raises ConfigError where this model does not fit its text or the latents it reads."""
+    if self.model.context_widths != self.text.widths:
+      raise ConfigError(
+        f"{path}.task.model.context_widths is {self.model.context_widths}: the text has "
+        f"{self.text.widths}."
+      )
     stride = (autoencoder.time_stride, *autoencoder.space_strides)
     if stride != self.stride:
       raise ConfigError(f"{path}.task.stride is {self.stride}: the autoencoder's is {stride}.")
@@ -86,6 +121,21 @@ class TextToVideoConfig:
       if getattr(self.model, key) != channels:
         raise ConfigError(
           f"{path}.task.model.{key} is {getattr(self.model, key)}: the autoencoder has {channels}."
+        )
+
+  def check_origin(self, origin: "TextToVideoConfig", path: str) -> None:
+    """Raises ConfigError where this model cannot start from the parameters of `origin`."""
+    for key in (field.name for field in dataclasses.fields(self.model)):
+      now, then = getattr(self.model, key), getattr(origin.model, key)
+      if key == "max_positions" and any(a < b for a, b in zip(now, then, strict=True)):
+        raise ConfigError(
+          f"{path}.task.model.max_positions is {now}, and {then} in the stage it starts from: "
+          "position tables grow and never shrink."
+        )
+      if key not in _FREE and now != then:
+        raise ConfigError(
+          f"{path}.task.model.{key} is {now}, and {then} in the stage it starts from: give both "
+          "the same."
         )
 
 
@@ -97,38 +147,56 @@ class TextToVideo:
   def __init__(self, config: TextToVideoConfig):
     self.config = config
     self._backbone = backbone.Backbone(config.model)
-    self._text = text_lib.ByteEncoder(config.text)
+    self._text = text_inputs.make(config.text)
 
   def init(self, key: jax.Array) -> Any:
-    """Parameters {"backbone": ..., "text": ...}, boxed with logical axis names."""
+    """Parameters {"backbone": ..., "text": ...}, boxed with logical axis names.
+
+    There is no "text" where nothing of the text is trained.
+    """
     keys = jax.random.split(key)
     latents = jnp.zeros((1, *self.config.model.patch, self.config.model.in_channels))
-    tokens = jnp.ones((1, 1), jnp.int32)
-    features, mask = jax.eval_shape(self._text.init_with_output, keys[1], tokens)[0]
-    context = jnp.zeros(features.shape, features.dtype)
-    return {
-      "backbone": self._backbone.init(
-        keys[0], latents, jnp.zeros((1,)), context, jnp.ones(mask.shape, bool)
-      )["params"],
-      "text": self._text.init(keys[1], tokens)["params"],
+    context = [jnp.zeros((1, 1, width)) for width in self.config.model.context_widths]
+    mask = [jnp.ones((1, 1), bool) for _ in context]
+    params = {
+      "backbone": self._backbone.init(keys[0], latents, jnp.zeros((1,)), context, mask)["params"]
     }
+    text = self._text.init(keys[1])
+    return params if text is None else {**params, "text": text}
 
-  def velocity(self, params: Any, x: jax.Array, t: jax.Array, tokens: jax.Array) -> jax.Array:
-    """u(X_t, t, text): x [B, T, H, W, C], t [B], tokens [B, S] -> [B, T, H, W, C] fp32."""
-    features, mask = self._text.apply({"params": params["text"]}, tokens)
-    return self._backbone.apply({"params": params["backbone"]}, x, t, features, mask)
+  def adapt(self, params: Any, fresh: Any) -> Any:
+    """Position tables grow to this model's, as `model.position_growth` says."""
+    method = self.config.model.position_growth
+    grown = backbone.grow_positions(params["backbone"], fresh["backbone"], method)
+    return {**params, "backbone": grown}
+
+  def velocity(
+    self, params: Any, x: jax.Array, t: jax.Array, text: dict[str, jax.Array]
+  ) -> jax.Array:
+    """u(X_t, t, text) of x [B, T, H, W, C], t [B] and the text entries of a batch: fp32, like x.
+
+    With objective v_prediction it is v.
+    """
+    return self._velocity(self._backbone, params, x, t, text)
+
+  def _velocity(self, model, params, x, t, text):
+    features, masks = self._text.context(params.get("text"), text)
+    return model.apply({"params": params["backbone"]}, x, t, features, masks)
 
   def loss(
     self, params: Any, batch: dict[str, jax.Array], keys: jax.Array
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Flow matching on "latents" [B, T, H, W, C] with captions "tokens" [B, S]."""
+    """Mean squared error of the velocity of "latents" [B, T, H, W, C] given the batch's text."""
     pair_keys, drop_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     drop = jax.vmap(lambda key: jax.random.bernoulli(key, self.config.caption_dropout))(drop_keys)
-    tokens = text_lib.drop_captions(batch["tokens"], drop)
-    x, t, target = flow_matching.training_pair(
-      pair_keys, batch["latents"], mean=self.config.time_mean, std=self.config.time_std
-    )
-    prediction = self.velocity(params, x, t, tokens)
+    text = self._text.drop(self._text_of(batch), drop)
+    if self.config.objective == "v_prediction":
+      x, t, target = v_prediction.training_pair(pair_keys, batch["latents"])
+    else:
+      x, t, target = flow_matching.training_pair(
+        pair_keys, batch["latents"], mean=self.config.time_mean, std=self.config.time_std
+      )
+    prediction = self.velocity(params, x, t, text)
     return flow_matching.loss(prediction, target).mean(), {}
 
   def sample(
@@ -140,39 +208,61 @@ class TextToVideo:
     *,
     sampler: SamplerConfig | None = None,
   ) -> jax.Array:
-    """Normalised latents [B, T, H, W, C] for captions "tokens" [B, S], noise from `keys` [B]."""
+    """Normalised latents [B, T, H, W, C] for the text of a batch, noise from `keys` [B]."""
     sampler = self.config.sampler if sampler is None else sampler
+    self.config.check_sampler(sampler)
     noise = flow_matching.draw_noise(keys, self.config.latent_shape(bucket))
-    tokens = batch["tokens"]
-    empty = text_lib.drop_captions(tokens, jnp.ones(tokens.shape[0], bool))
+    text = self._text_of(batch)
+    empty = self._text.drop(text, jnp.ones(keys.shape[0], bool))
+    model, params = self._for_sampling(params, sampler)
+    gather, spread = _placement(sampler)
     u = guidance.guided(
-      lambda x, t, tokens: self.velocity(params, x, t, tokens), tokens, empty, sampler.guidance
+      functools.partial(self._velocity, model, params),
+      text,
+      empty,
+      sampler.guidance,
+      gather=gather,
+      spread=spread,
     )
+    if sampler.method == "ddim":
+      return v_prediction.ddim(u, noise, sampler.num_steps)
     grid = time_grids.time_grid(sampler.grid, sampler.num_steps, sampler.linear_steps)
     return samplers.sample(u, noise, grid, sampler.method)
 
+  def _for_sampling(self, params: Any, sampler: SamplerConfig) -> tuple[nn.Module, Any]:
+    """The model in the sampler's dtype; in bf16 the layers' matrices are cast once, not in each
+    step, and halve what a step reads from memory."""
+    model = self.config.model
+    if sampler.dtype == "model":
+      return self._backbone, params
+    model = dataclasses.replace(model, dtype=sampler.dtype)
+    if sampler.dtype == "bfloat16":
+      layers = jax.tree_util.tree_map_with_path(
+        lambda path, x: x.astype(jnp.bfloat16) if path[-1].key == "kernel" else x,
+        params["backbone"]["layers"],
+      )
+      params = {**params, "backbone": {**params["backbone"], "layers": layers}}
+    return backbone.Backbone(model), params
+
+  def _text_of(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: batch[name] for name in self._text.names}
+
   def batch_spec(self, bucket: Bucket, examples: int) -> dict[str, ArraySpec]:
-    """ "latents" and "tokens"."""
+    """ "latents" and the entries of the text."""
     return {
       "latents": ArraySpec(
         (examples, *self.config.latent_shape(bucket)),
         np.float32,
         ("batch", "frames", "height", "width", "channels"),
       ),
-      "tokens": ArraySpec(
-        (examples, self.config.text.max_length), np.int32, ("batch", "context_tokens")
-      ),
+      **self._text.batch_spec(examples),
     }
 
   def flops(self, bucket: Bucket) -> float:
-    """Training FLOPs of one example: three times the forward pass, text encoder included."""
-    text = self.config.text
+    """Training FLOPs of one example: three times the forward pass, trained text included."""
     shape = self.config.latent_shape(bucket)[:3]
-    parts = (
-      backbone.flops(self.config.model, shape, text.features),
-      text_lib.flops(text, text.max_length),
-    )
-    return 3.0 * sum(sum(part.values()) for part in parts)
+    parts = backbone.flops(self.config.model, shape, self.config.text.lengths)
+    return 3.0 * (sum(parts.values()) + self._text.flops())
 
   def tokens(self, bucket: Bucket) -> int:
     """Patches of latents."""
@@ -180,12 +270,25 @@ class TextToVideo:
     return math.prod(size // p for size, p in zip(latents, self.config.model.patch, strict=True))
 
   def tokenize(self, prompts: list[str]) -> np.ndarray:
-    """Captions -> int32 tokens [B, S]."""
-    return text_lib.encode_bytes(prompts, self.config.text.max_length)
+    """Captions -> int32 tokens [B, S]; raises UserError where the model reads features."""
+    return self._text.tokenize(prompts)
 
   def prepare(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
-    """A record {"latents", "caption"} -> one row of the batch."""
+    """A record {"latents", "caption", ...} -> one row of the batch."""
     return {
       "latents": np.asarray(example["latents"], np.float32),
-      "tokens": self.tokenize([example["caption"]])[0],
+      **self._text.prepare(example),
     }
+
+
+def _placement(sampler: SamplerConfig) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+  """Where samples lie on the mesh, and where the joint batch of the two branches of guidance."""
+  if sampler.guidance_split == "batch":
+    return (lambda x: x), (lambda x: x)
+
+  def along(axis):
+    return lambda x: nn.with_logical_constraint(x, (axis,) + (None,) * (x.ndim - 1))
+
+  # Split over (replica, fsdp) in this order, the first half of the joint batch, the conditional
+  # one, is on the first half of the replicas.
+  return along("samples"), along("batch")

@@ -116,15 +116,12 @@ def train(
       initial = load_initial(shapes.params, layout.params) if load_initial else None
       state = state_lib.initialise(task, optimizer, layout, seed, initial)
 
+    rows_of = _batch_shapes(task, stream.batch_sizes, mesh)
     batches = stack.enter_context(contextlib.closing(stream.open(start)))
     if start:
       _check_data(restored.data, batches, checkpoints.folder)
     if start < config.steps:
-      train_step = step_lib.compile_for(
-        train_step,
-        state_lib.with_layout(shapes, layout),
-        _batch_shapes(task, stream.batch_sizes, mesh),
-      )
+      train_step = step_lib.compile_for(train_step, state_lib.with_layout(shapes, layout), rows_of)
     metrics = stack.enter_context(
       metrics_lib.Metrics(folder, name, steps=config.steps, start_step=start)
     )
@@ -137,8 +134,8 @@ def train(
       signum = stop.received(step, config.log_every)
       if step > start and _due(step, config.validate_every, last):
         losses = [
-          validate(state.ema, _to_devices(batch, mesh), index)
-          for index, (_, batch) in enumerate(stream.validation())
+          validate(state.ema, _to_devices(rows, rows_of[bucket]), index)
+          for index, (bucket, rows) in enumerate(stream.validation())
         ]
         metrics.write(step, {"validation_loss": float(np.mean(jax.device_get(losses)))})
       if step > saved and (_due(step, config.checkpoint_every, last) or signum):
@@ -154,7 +151,7 @@ def train(
         break
       with meter.waiting():
         bucket, rows = next(batches)
-      state, values = train_step[bucket](state, _to_devices(rows, mesh))
+      state, values = train_step[bucket](state, _to_devices(rows, rows_of[bucket]))
       meter.after(step + 1, bucket, stream.batch_sizes[bucket], values)
   return seconds_before + time.perf_counter() - began
 
@@ -167,11 +164,11 @@ def _due(step: int, every: int, last: bool) -> bool:
 def _batch_shapes(
   task: Task, batch_sizes: Mapping[Bucket, int], mesh: jax.sharding.Mesh
 ) -> dict[Bucket, dict[str, jax.ShapeDtypeStruct]]:
-  """The batch of each bucket as shapes, dtypes and shardings."""
+  """The batch of each bucket as shapes, dtypes and shardings, which follow the rules table."""
   return {
     bucket: {
       name: jax.ShapeDtypeStruct(
-        spec.shape, spec.dtype, sharding=_batch_sharding(mesh, len(spec.shape))
+        spec.shape, spec.dtype, sharding=rules.sharding(mesh, spec.axes, spec.shape)
       )
       for name, spec in task.batch_spec(bucket, examples).items()
     }
@@ -179,19 +176,14 @@ def _batch_shapes(
   }
 
 
-def _batch_sharding(mesh: jax.sharding.Mesh, rank: int) -> jax.sharding.NamedSharding:
-  return rules.sharding(mesh, ("batch",) + (None,) * (rank - 1))
-
-
-def _to_devices(rows: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+def _to_devices(
+  rows: dict[str, np.ndarray], shapes: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
   """This host's rows of a batch as parts of global arrays, split over the batch axes."""
-  processes = jax.process_count()
-
-  def one(x: np.ndarray) -> jax.Array:
-    shape = (x.shape[0] * processes, *x.shape[1:])
-    return jax.make_array_from_process_local_data(_batch_sharding(mesh, x.ndim), x, shape)
-
-  return jax.tree.map(one, rows)
+  return {
+    name: jax.make_array_from_process_local_data(shapes[name].sharding, x, shapes[name].shape)
+    for name, x in rows.items()
+  }
 
 
 def _check_data(data: dict[str, Any], batches: Batches, folder: str) -> None:

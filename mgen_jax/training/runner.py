@@ -8,6 +8,7 @@ import jax
 from absl import logging
 
 from mgen_jax import schema, tasks
+from mgen_jax.errors import UserError
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.tasks.base import Task
 from mgen_jax.training import inputs, loop
@@ -37,7 +38,7 @@ def run(work: Workdir, name: str) -> None:
   load_initial = None
   if stage.init_from is not None:
     logging.info("stage %s starts from the averaged parameters of %s", name, stage.init_from)
-    load_initial = functools.partial(_load_ema, work.folder(stage.init_from))
+    load_initial = functools.partial(_load_origin, work, name, task, mesh)
   seconds = loop.train(
     task,
     stage,
@@ -65,6 +66,30 @@ def load_trained(
   params = _load_ema(work.folder(name), state_lib.param_shapes(task), layout)
   with Checkpoints(str(work.folder(name) / "checkpoints"), read_only=True) as checkpoints:
     return task, params, checkpoints.read_meta()
+
+
+def _load_origin(
+  work: Workdir, name: str, task: Task, mesh: jax.sharding.Mesh, shapes: Any, layout: Any
+) -> Any:
+  """The averaged parameters of the stage that stage `name` starts from, fitted to its task."""
+  stage = work.experiment.stages[name]
+  folder = work.folder(stage.init_from)
+  origin = tasks.make(work.experiment.stages[stage.init_from].task)
+  found = state_lib.param_shapes(origin)
+  if found == shapes:
+    return _load_ema(folder, shapes, layout)
+  if jax.eval_shape(task.adapt, found, shapes) != shapes:
+    raise UserError(
+      f"stage {name} cannot start from stage {stage.init_from}: their models differ in more than "
+      "position tables; give both the same task.model."
+    )
+  params = _load_ema(folder, found, state_lib.param_shardings(origin, mesh))
+
+  def fit(params):
+    key = state_lib.stream_key(work.experiment.seed, "init", 0)
+    return task.adapt(params, state_lib.init_params(task, key))
+
+  return jax.jit(fit, out_shardings=layout)(params)
 
 
 def _load_ema(folder: Path, shapes: Any, layout: Any) -> Any:

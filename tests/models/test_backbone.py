@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from mgen_jax.errors import ConfigError
-from mgen_jax.models import backbone
+from mgen_jax.models import backbone, positions
+from mgen_jax.models import remat as remat_lib
 from mgen_jax.models.backbone import Backbone, BackboneConfig
 
 TINY = BackboneConfig(
@@ -76,12 +77,42 @@ def _count(config):
 def test_the_30b_model_has_29_to_30_billion_parameters():
   config = backbone.SIZES["30B"]
   assert (config.layers, config.width, config.heads, config.mlp_width) == (48, 6144, 48, 16384)
+  assert (config.head_dim, config.norm_eps, config.patch) == (128, 1e-5, (1, 2, 2))
+  assert not config.use_bias
   assert 29.0e9 < _count(config) < 30.0e9
 
 
-@pytest.mark.parametrize(("size", "low", "high"), [("5B", 4.8e9, 5.1e9), ("1B", 0.9e9, 1.1e9)])
-def test_named_sizes_have_their_parameters(size, low, high):
-  assert low < _count(backbone.SIZES[size]) < high
+@pytest.mark.parametrize("size", ["1B", "5B", "7B", "9B", "17B"])
+def test_named_sizes_have_their_parameters(size):
+  assert _count(backbone.SIZES[size]) == pytest.approx(float(size[:-1]) * 1e9, rel=0.07)
+  assert backbone.SIZES[size].heads % 4 == 0  # heads divide over the paper's tensor parallelism
+
+
+def test_the_modulation_is_shared_by_the_layers():
+  """One MLP of width x 6 width for all layers: 10.9B more would make it a 40B (movie_gen 2.1)."""
+  deep, shallow = (dataclasses.replace(backbone.SIZES["30B"], layers=n) for n in (3, 2))
+  width, hidden = deep.width, deep.mlp_width
+  layer = 8 * width**2 + 3 * width * hidden + 6 * width + 2 * width
+  assert _count(deep) - _count(shallow) == layer
+
+
+def test_the_dit_arm_differs_as_in_the_papers_table():
+  """movie_gen 2.6: LayerNorm, eps 1e-6, no affine, SiLU, biases; everything else identical."""
+  base = backbone.SIZES["5B"]
+  arm = backbone.dit_arm(base)
+  changed = {
+    f.name for f in dataclasses.fields(base) if getattr(base, f.name) != getattr(arm, f.name)
+  }
+  assert changed == {"norm", "norm_eps", "norm_affine", "activation", "use_bias"}
+  tiny = backbone.dit_arm(TINY)
+  names = [
+    jax.tree_util.keystr(path)
+    for path, _ in jax.tree_util.tree_leaves_with_path(
+      nn.meta.unbox(jax.eval_shape(Backbone(tiny).init, jax.random.key(0), *_inputs(tiny)))
+    )
+  ]
+  assert not [name for name in names if "norm" in name and "context_norm" not in name]
+  assert [name for name in names if "'mlp'" in name and "bias" in name]
 
 
 def test_tokens_of_the_longest_paper_bucket():
@@ -117,8 +148,135 @@ def test_parameters_are_fp32_stacked_over_layers_and_named():
       assert box.names[0] == "layers" and box.value.shape[0] == TINY.layers, name
 
 
-@pytest.mark.parametrize("remat", sorted(set(backbone.REMAT_POLICIES) - {"offload"}))
-def test_remat_and_unroll_change_no_value_and_no_gradient(remat):
+def _tree(config):
+  shapes = jax.eval_shape(Backbone(config).init, jax.random.key(0), *_inputs(config))["params"]
+  leaves = jax.tree_util.tree_leaves_with_path(nn.meta.unbox(shapes))
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}
+
+
+def test_grouped_queries_equal_heads_that_share_their_keys():
+  """GQA is multi-head attention in which groups of heads have equal keys and values."""
+  grouped = dataclasses.replace(TINY, kv_heads=2, qk_norm=True)
+  params = _random_params(grouped)
+  shapes = _tree(grouped)
+  assert shapes["layers/self_attention/key/kernel"] == (2, 32, 16)
+  assert shapes["layers/cross_attention/value/kernel"] == (2, 32, 16)
+
+  def repeat(path, leaf):
+    names = [entry.key for entry in path]
+    if names[-1] == "kernel" and names[-2] in ("key", "value"):
+      heads = leaf.reshape(*leaf.shape[:2], 2, 8)
+      return jnp.repeat(heads, 2, axis=2).reshape(*leaf.shape[:2], 32)
+    return leaf
+
+  full = jax.tree_util.tree_map_with_path(repeat, params)
+  np.testing.assert_allclose(
+    _run(grouped, params, *_inputs()),
+    _run(dataclasses.replace(grouped, kv_heads=None), full, *_inputs()),
+    rtol=1e-4,
+    atol=1e-5,
+  )
+  shares = [backbone.flops(dataclasses.replace(TINY, kv_heads=n), (2, 4, 6), 5) for n in (1, 4)]
+  assert shares[0]["self_attention"] * 8 == shares[1]["self_attention"] * 5
+
+
+def test_rotary_positions_have_no_tables_and_no_limit():
+  config = dataclasses.replace(TINY, positions="rotary")
+  assert not [name for name in _tree(config) if "position" in name]
+  params = _random_params(config)
+  latents, time, context, mask = _inputs(config, grid=(2, 4, 16))  # 8 patches, the tables have 6
+  base = _run(config, params, latents, time, context, mask)
+  rolled = _run(config, params, jnp.roll(latents, 4, axis=3), time, context, mask)
+  assert jnp.abs(jnp.roll(rolled, -4, axis=3) - base).max() > 1e-3  # order matters
+
+
+def test_rotary_attention_depends_on_distances_only():
+  """In each of the three dimensions: two patches moved together see each other as before."""
+  grid, dim = (3, 4, 5), 16
+  angles = positions.rotary_angles(grid, dim, 10_000.0)
+  assert angles.shape == (60, 8)
+  q, k = (jax.random.normal(jax.random.key(i), (dim,)) for i in range(2))
+  everywhere = lambda x: jnp.broadcast_to(x, (1, 60, 1, dim))  # noqa: E731
+  turned_q, turned_k = (positions.rotate(everywhere(x), angles).reshape(*grid, dim) for x in (q, k))
+
+  def product(a, b):
+    return float(turned_q[a] @ turned_k[b])
+
+  for step in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 2, 1)):
+    moved = tuple(1 + s for s in step)
+    assert product((0, 0, 0), step) == pytest.approx(product((1, 1, 1), moved), rel=1e-4)
+    assert product((0, 0, 0), step) != pytest.approx(product((0, 0, 0), (0, 0, 0)), rel=1e-3)
+  np.testing.assert_allclose(
+    jnp.linalg.norm(turned_q, axis=-1), jnp.full(grid, jnp.linalg.norm(q)), rtol=1e-5
+  )
+
+
+def test_a_silent_cross_attention_starts_without_the_text():
+  latents, time, context, mask = _inputs()
+  shift = lambda x: x + 0.1 * jax.random.normal(jax.random.key(5), x.shape)  # noqa: E731
+  for silent in (True, False):
+    config = dataclasses.replace(TINY, cross_zero_init=silent)
+    params = nn.meta.unbox(_init(config))
+    params = {**params, "head": jax.tree.map(shift, params["head"])}  # the head starts at zero
+    made = [_run(config, params, latents, time, [sign * context[0]], mask) for sign in (1, -1)]
+    assert bool(jnp.abs(made[0] - made[1]).max() < 1e-6) == silent
+
+
+@pytest.mark.parametrize("method", ["interpolate", "extend"])
+def test_position_tables_grow(method):
+  small, large = _tree(TINY), dataclasses.replace(TINY, max_positions=(4, 6, 18))
+  trained, fresh = _random_params(TINY), _random_params(large, seed=3)
+  grown = backbone.grow_positions(trained, fresh, method)
+  assert {name for name in small if name.startswith("position")} <= set(grown)
+  for name in grown:
+    if name != "position_width":
+      jax.tree.map(np.testing.assert_array_equal, grown[name], trained[name])
+  old, new = trained["position_width"], grown["position_width"]
+  assert new.shape == (18, 32)
+  if method == "interpolate":  # three patches where there was one: the middle one is the old one
+    np.testing.assert_allclose(new[1::3], old, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(new[2], (2 * old[0] + old[1]) / 3, rtol=1e-4, atol=1e-5)
+  else:
+    np.testing.assert_array_equal(new[:6], old)
+    np.testing.assert_array_equal(new[6:], fresh["position_width"][6:])
+    # What the smaller model could see, the larger one sees alike.
+    np.testing.assert_allclose(
+      _run(large, grown, *_inputs()), _run(TINY, trained, *_inputs()), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_position_tables_grow_from_one_frame_and_never_shrink():
+  one, many = jnp.ones((1, 3)), jnp.arange(12.0).reshape(4, 3)
+  for method in positions.GROWTH:  # between one position there is nothing to interpolate
+    grown = positions.grow(one, many, method)
+    np.testing.assert_array_equal(grown, many.at[0].set(1.0))
+    np.testing.assert_array_equal(positions.grow(many, -many, method), many)
+    with pytest.raises(ConfigError, match="cannot shrink"):
+      positions.grow(many, one, method)
+  with pytest.raises(ConfigError, match="position_growth"):
+    positions.grow(one, many, "tile")
+
+
+def test_only_the_self_attention_is_told_how_to_cross_the_context_axis(monkeypatch):
+  seen = []
+
+  def attention(q, k, v, **options):
+    seen.append((q.shape[1] == k.shape[1], options.get("context_parallel")))
+    return q
+
+  monkeypatch.setattr(backbone, "attention", attention)
+  config = dataclasses.replace(TINY, context_parallel="ring")
+  jax.eval_shape(Backbone(config).init, jax.random.key(0), *_inputs(config))
+  assert set(seen) == {(True, "ring"), (False, None)}
+
+
+@pytest.mark.parametrize(
+  "remat",
+  [*sorted(set(remat_lib.POLICIES) - {"offload"}), "save:projection,mlp_projection", "mine"],
+)
+def test_remat_and_unroll_change_no_value_and_no_gradient(remat, monkeypatch):
+  monkeypatch.setattr(remat_lib, "POLICIES", dict(remat_lib.POLICIES))
+  remat_lib.add_policy("mine", jax.checkpoint_policies.dots_saveable)
   params, inputs = _random_params(TINY), _inputs()
 
   def gradient(config):
@@ -131,6 +289,29 @@ def test_remat_and_unroll_change_no_value_and_no_gradient(remat):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), expected, actual
   )
+
+
+def test_remat_policies_keep_what_they_name():
+  """Saved names are not computed again: the backward pass has fewer matrix products."""
+  params, inputs = _random_params(TINY), _inputs()
+
+  def products(policy):
+    config = dataclasses.replace(TINY, remat=policy, scan_unroll=2)
+    loss = lambda p: jnp.square(Backbone(config).apply({"params": p}, *inputs)).sum()  # noqa: E731
+    return str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general")
+
+  counts = {name: products(name) for name in ("none", "save_dots", "save_projections", "full")}
+  assert counts["none"] < counts["save_projections"] < counts["full"]
+  assert counts["save_dots"] < counts["full"]
+  assert products("save:projection,attention,mlp_projection") < counts["save_projections"]
+
+
+def test_unknown_remat_policies_are_refused():
+  for name in ("some", "save:everything", "save:"):
+    with pytest.raises(ConfigError, match="remat"):
+      remat_lib.policy(name)
+  with pytest.raises(ConfigError, match="exists already"):
+    remat_lib.add_policy("full", None)
 
 
 def test_padded_text_changes_nothing():
@@ -198,8 +379,9 @@ def test_half_precision_stays_close_and_returns_fp32():
   [
     TINY,
     dataclasses.replace(backbone.dit_arm(TINY), qk_norm=True, cross_norm=True, patch=(1, 1, 1)),
+    dataclasses.replace(TINY, kv_heads=1, positions="rotary"),
   ],
-  ids=["llama", "dit"],
+  ids=["llama", "dit", "grouped"],
 )
 def test_flops_equal_the_lowered_program(config):
   config = dataclasses.replace(
@@ -239,5 +421,11 @@ def test_impossible_inputs_name_the_fix():
     run(TINY, jnp.zeros((2, 1, 4, 5, 4)), time, context, mask)
   with pytest.raises(ConfigError, match="context_widths"):
     run(TINY, latents, time, [context[0][..., :5]], mask)
+  with pytest.raises(ConfigError, match="does not divide into 5 heads"):
+    dataclasses.replace(TINY, heads=5)
+  with pytest.raises(ConfigError, match="kv_heads 3"):
+    dataclasses.replace(TINY, kv_heads=3)
+  with pytest.raises(ConfigError, match="at least 6"):
+    dataclasses.replace(TINY, heads=8, positions="rotary")
   with pytest.raises(ConfigError, match="unknown remat policy"):
     run(dataclasses.replace(TINY, remat="some"), latents, time, context, mask)
