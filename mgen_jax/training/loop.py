@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+import optax
 from absl import logging
 
 from mgen_jax.config import TrainStage
@@ -91,18 +92,7 @@ def train(
     stack.enter_context(mesh_lib.use(mesh))
     stop = stack.enter_context(StopSignal())
     checkpoints = stack.enter_context(Checkpoints(f"{folder}/checkpoints", keep=config.keep))
-    optimizer = optimizer_lib.make_optimizer(config.optimizer, config.steps)
-    shapes = state_lib.shapes(task, optimizer)
-    layout = state_lib.shardings(task, optimizer, mesh)
-    train_step = step_lib.make_train_step(
-      task,
-      optimizer,
-      optimizer_lib.make_schedule(config.optimizer, config.steps),
-      layout,
-      seed=seed,
-      accumulate=config.accumulate,
-      ema_decay=config.ema_decay,
-    )
+    optimizer, shapes, layout, train_step = make_program(task, config, mesh, seed)
     validate = step_lib.make_validation(task, seed=seed)
 
     # Restore.
@@ -123,7 +113,7 @@ def train(
       train_step = step_lib.compile_for(
         train_step,
         state_lib.with_layout(shapes, layout),
-        _batch_shapes(task, stream.batch_sizes, mesh),
+        batch_shapes(task, stream.batch_sizes, mesh),
       )
     metrics = stack.enter_context(
       metrics_lib.Metrics(folder, name, steps=config.steps, start_step=start)
@@ -159,12 +149,37 @@ def train(
   return seconds_before + time.perf_counter() - began
 
 
+class Program(NamedTuple):
+  """What a stage runs, before it is compiled: no array is made for it."""
+
+  optimizer: optax.GradientTransformation
+  shapes: state_lib.TrainState  # of the state
+  layout: state_lib.TrainState  # its shardings
+  train_step: Callable[..., Any]  # from `step.make_train_step`
+
+
+def make_program(task: Task, config: TrainStage, mesh: jax.sharding.Mesh, seed: int) -> Program:
+  """The train step of a stage on a mesh, which may be one of devices that are not here."""
+  optimizer = optimizer_lib.make_optimizer(config.optimizer, config.steps)
+  layout = state_lib.shardings(task, optimizer, mesh)
+  train_step = step_lib.make_train_step(
+    task,
+    optimizer,
+    optimizer_lib.make_schedule(config.optimizer, config.steps),
+    layout,
+    seed=seed,
+    accumulate=config.accumulate,
+    ema_decay=config.ema_decay,
+  )
+  return Program(optimizer, state_lib.shapes(task, optimizer), layout, train_step)
+
+
 def _due(step: int, every: int, last: bool) -> bool:
   """Whether something that happens every so many steps (0: never) and at the end is due."""
   return every > 0 and (step % every == 0 or last)
 
 
-def _batch_shapes(
+def batch_shapes(
   task: Task, batch_sizes: Mapping[Bucket, int], mesh: jax.sharding.Mesh
 ) -> dict[Bucket, dict[str, jax.ShapeDtypeStruct]]:
   """The batch of each bucket as shapes, dtypes and shardings."""
