@@ -166,13 +166,15 @@ class TextToVideo:
 
   def flops(self, bucket: Bucket) -> float:
     """Training FLOPs of one example: three times the forward pass, text encoder included."""
+    return sum(self.flops_by_part(bucket).values())
+
+  def flops_by_part(self, bucket: Bucket) -> dict[str, float]:
+    """`flops`, by part of the model."""
     text = self.config.text
     shape = self.config.latent_shape(bucket)[:3]
-    parts = (
-      backbone.flops(self.config.model, shape, math.ceil(text.max_length / text.pool)),
-      text_lib.flops(text, text.max_length),
-    )
-    return 3.0 * sum(sum(part.values()) for part in parts)
+    parts = backbone.flops(self.config.model, shape, math.ceil(text.max_length / text.pool))
+    parts["text_encoder"] = sum(text_lib.flops(text, text.max_length).values())
+    return {name: 3.0 * part for name, part in parts.items()}
 
   def tokens(self, bucket: Bucket) -> int:
     """Patches of latents."""
