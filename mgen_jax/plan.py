@@ -14,6 +14,7 @@ b200:16x8), or devices simulated on the CPU (cpu:8). See docs/planning.md.
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ _OUT = flags.DEFINE_string("out", None, "Save FILE.json, FILE.txt and FILE.png h
 def main(argv: Sequence[str]) -> None:
   """Makes the plans that the flags ask for, shows and saves them."""
   del argv
-  console = rich.console.Console()
+  console = rich.console.Console(width=None if sys.stdout.isatty() else 120)
   others = [read_plan(path) for path in (_COMPARE.value or "").split(",") if path]
   if len(others) == 2 and _CONFIG.value is None:
     report.show_comparison(*others, console)

@@ -104,9 +104,10 @@ def compile_step(
       raise
   ended = time.perf_counter()
   sizes = state_bytes(state) | {"batch": tree_bytes(batch)}
-  memory = (
-    _measured(sizes, compiled.memory_analysis()) if compiled else _complained(sizes, complaint)
-  )
+  if compiled is None:
+    memory = _complained(sizes, complaint)
+  else:
+    memory = _measured(sizes, compiled.memory_analysis(), topology.chip.platform)
   return Compiled(
     mesh,
     memory,
@@ -140,14 +141,20 @@ def memory_dict(memory: Memory) -> dict[str, int]:
   return dataclasses.asdict(memory) | {"total": memory.total}
 
 
-def _measured(sizes: dict[str, int], analysis: Any) -> Memory:
-  """The compiler's figures: its arguments include padding, its outputs reuse donated arguments."""
+def _measured(sizes: dict[str, int], analysis: Any, platform: str) -> Memory:
+  """The compiler's figures: its arguments include padding, its outputs reuse donated arguments.
+
+  CPU and GPU reserve the temporaries as one block. TPU does not: what must fit there is the peak
+  (its sum of the temporaries may be more than the memory that the compiler itself just accepted).
+  """
   arguments = analysis.argument_size_in_bytes
-  padding = max(0, arguments - sum(sizes.values()))
   outputs = max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
+  total = arguments + analysis.temp_size_in_bytes + outputs
+  if platform == "tpu" and analysis.peak_memory_in_bytes:
+    total = max(arguments, analysis.peak_memory_in_bytes)
   return Memory(
     **sizes,
-    temp=analysis.temp_size_in_bytes + padding + outputs,
+    temp=max(0, total - sum(sizes.values())),
     code=analysis.generated_code_size_in_bytes,
     host=analysis.host_argument_size_in_bytes
     + analysis.host_temp_size_in_bytes
@@ -156,15 +163,14 @@ def _measured(sizes: dict[str, int], analysis: Any) -> Memory:
 
 
 def _complained(sizes: dict[str, int], complaint: str) -> Memory:
-  """From the compiler's refusal: the largest amount that it names.
+  """From the compiler's refusal: the largest amount that it names is what was needed in all.
 
-  It is "the total memory required for HLO temporaries (113.15G)", or "Used 120.0G of 95.7G hbm"
-  with the arguments.
+  It says "Used 120.0G of 95.7G hbm", or "the total memory required for HLO temporaries (113.15G)",
+  which includes the arguments, whatever it says.
   """
   amounts = re.findall(r"\b(\d+(?:\.\d+)?)([KMGT])\b", complaint)
   largest = max((float(number) * _UNITS[unit] for number, unit in amounts), default=0.0)
-  arguments = 0 if "HLO temporaries" in complaint else sum(sizes.values())
-  return Memory(**sizes, temp=max(0, int(largest) - arguments), code=0, host=0)
+  return Memory(**sizes, temp=max(0, int(largest) - sum(sizes.values())), code=0, host=0)
 
 
 def host_memory() -> int:

@@ -15,11 +15,11 @@ from mgen_jax import tasks
 from mgen_jax.config import Experiment, TrainStage
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.parallel import mesh as mesh_lib
+from mgen_jax.parallel import rules
 from mgen_jax.parallel.mesh import MeshConfig
 from mgen_jax.planning import compile as compile_lib
 from mgen_jax.planning.compile import Memory
 from mgen_jax.planning.topologies import Topology
-from mgen_jax.training import optimizer as optimizer_lib
 from mgen_jax.training import state as state_lib
 
 # From the policy that keeps most to the one that keeps least on the device.
@@ -116,8 +116,8 @@ class Estimator:
     self._stage: TrainStage = experiment.stages[name]
     self._bucket, self._topology, self._memory = bucket, topology, memory
     self._task = tasks.make(self._stage.task)
-    self._optimizer = optimizer_lib.make_optimizer(self._stage.optimizer, self._stage.steps)
-    self._shapes = state_lib.shapes(self._task, self._optimizer)
+    self._params = state_lib.param_shapes(self._task)
+    self._boxed = jax.eval_shape(lambda: self._task.init(jax.random.key(0)))
     self._base = current(self._stage, topology.size)
     self._seconds = seconds
     self._sizes: dict[tuple, dict[str, int]] = {}
@@ -149,7 +149,7 @@ class Estimator:
     width, layers = _model(self._stage, "width", 0), _model(self._stage, "layers", 1)
     _, fsdp, context, tensor = choice.mesh
     local = self._tokens(choice) * choice.accumulate  # of one step on one device
-    weights = sum(s.size for s in jax.tree.leaves(self._shapes.params)) * 2 / tensor
+    weights = sum(s.size for s in jax.tree.leaves(self._params)) * 2 / tensor
     near, far = self._rates(choice)
     # Gathered for each pass over the layers, reduced once: for every accumulation pass.
     sharded = choice.accumulate * weights * (passes * 3 / 1.5) * (fsdp * context > 1)
@@ -169,11 +169,18 @@ class Estimator:
     return chip.link, chip.network * share
 
   def _state(self, mesh: tuple[int, ...]) -> dict[str, int]:
+    """Bytes of the state on a mesh: what is not a parameter scales like the parameters."""
     if mesh not in self._sizes:
       axes = (jax.sharding.AxisType.Auto,) * len(mesh_lib.AXES)
       abstract = jax.sharding.AbstractMesh(mesh, mesh_lib.AXES, axis_types=axes)
-      layout = state_lib.shardings(self._task, self._optimizer, abstract)
-      self._sizes[mesh] = compile_lib.state_bytes(state_lib.with_layout(self._shapes, layout))
+      layout = rules.tree_shardings(abstract, self._boxed)
+      parameters = compile_lib.tree_bytes(state_lib.with_layout(self._params, layout))
+      factor = parameters / max(1, self._memory.parameters)
+      self._sizes[mesh] = {
+        "parameters": parameters,
+        "optimizer": int(self._memory.optimizer * factor),
+        "ema": int(self._memory.ema * factor),
+      }
     return self._sizes[mesh]
 
   def _tokens(self, choice: Choice) -> float:
