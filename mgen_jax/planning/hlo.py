@@ -196,13 +196,16 @@ def parse(text: str) -> Module:
     if header and name is None:
       name, lines = header.group(2), []
       entry = name if header.group(1) else entry
-    elif line.startswith("}") and name is not None:
-      computations[name] = Computation(name, tuple(lines))
+    elif line.rstrip() == "}" and name is not None:
+      made = (parse_instruction(one) for one in lines)
+      computations[name] = Computation(name, tuple(one for one in made if one is not None))
       name = None
     elif name is not None:
-      instruction = parse_instruction(line)
-      if instruction is not None:
-        lines.append(instruction)
+      # What a kernel says of itself may go on over several lines.
+      if re.match(r"\s+(ROOT )?%?[\w.\-]+ = ", line) or not lines:
+        lines.append(line)
+      else:
+        lines[-1] += line
   return Module(computations, entry)
 
 

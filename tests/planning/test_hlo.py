@@ -214,6 +214,25 @@ ENTRY %main (q: bf16[], k: bf16[], v: bf16[]) -> f32[] {{
   assert backward == 10 * b * h * n * s * d
 
 
+def test_a_kernel_that_describes_itself_over_several_lines_is_read_whole():
+  text = """HloModule m
+
+ENTRY %main (q: bf16[2,4,64,32], k: bf16[2,4,128,32]) -> bf16[2,4,64,32] {
+  %q = bf16[2,4,64,32]{3,2,1,0} parameter(0)
+  %k = bf16[2,4,128,32]{3,2,1,0} parameter(1)
+  %a = bf16[2,4,64,32]{3,2,1,0} custom-call(%q, %k), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(step)/splash_mha_fwd/pallas_call"}
+  %b = bf16[2,4,64,32]{3,2,1,0} custom-call(%a, %k), custom_call_target="tpu_custom_call", metadata={op_name="splash_mha_dkv"}
+  ROOT %c = bf16[2,4,64,32]{3,2,1,0} custom-call(%b, %k), custom_call_target="tpu_custom_call", metadata={op_name="else"}
+}
+"""  # noqa: E501
+  found = costs.costs_of(hlo.parse(text), SHAPE)
+  size = 2 * 4 * 64 * 128 * 32
+  assert [op.flops for op in found.ops] == [4 * size, 8 * size, 0]
+  assert found.unknown_kernels == ("tpu_custom_call (else)",)
+
+
 def test_a_slice_of_an_all_reduce_is_a_reduce_scatter():
   text = """HloModule m
 
