@@ -35,32 +35,21 @@ def test_a_stage_is_planned_saved_and_compared(tmp_path):
   assert "Compared with the other plan" in again.stdout and "differs" in again.stdout
 
 
+TINY = ("--config=tests/tiny.py", "--stage=t2v")
+
+
 @pytest.mark.parametrize(
   ("flags", "words"),
   [
-    ([], ["--config is missing"]),
-    (["--config=tests/tiny.py"], ["--topology is missing", "v5p:8x8x8"]),
-    (["--config=tests/tiny.py", "--topology=v5pp:8x8x8"], ['did you mean "v5p:8x8x8"']),
-    (["--config=tests/tiny.py", "--topology=cpu:8"], ["--stage is missing", "t2i", "t2v"]),
-    (["--config=tests/tiny.py", "--topology=cpu:8", "--stage=t2w"], ["--stage=t2w", '"t2v"']),
+    ([*TINY], ["--topology is missing", "v5p:8x8x8"]),
+    ([*TINY, "--topology=v5pp:8x8x8"], ['did you mean "v5p:8x8x8"']),
+    ([*TINY, "--topology=cpu:6"], ["config.stages.t2v.buckets", "does not divide"]),
     (
-      ["--config=tests/tiny.py", "--topology=cpu:8", "--stage=t2v", "--bucket=8x32x32x1"],
-      ["is not a bucket"],
-    ),
-    (
-      ["--config=tests/tiny.py", "--topology=cpu:6", "--stage=t2v"],
-      ["config.stages.t2v.buckets", "does not divide"],
-    ),
-    (
-      [
-        "--config=tests/tiny.py", "--topology=cpu:8", "--stage=t2v",
-        "--config.stages.t2v.mesh.fsdp=3",
-      ],
+      [*TINY, "--topology=cpu:8", "--config.stages.t2v.mesh.fsdp=3"],
       ["config.stages.t2v.mesh", "8 devices", "for instance"],
     ),
-    (["--compare=nowhere.json"], ["nowhere.json", "does not exist"]),
   ],
-)  # fmt: skip
+)
 @pytest.mark.slow
 def test_bad_input_is_one_sentence(flags, words):
   done = run(*flags)
@@ -82,6 +71,10 @@ def test_the_bucket_with_the_most_tokens_comes_first():
 
 def test_a_stage_that_does_not_train_cannot_be_planned():
   made = config_lib.resolve(tiny.get_config())
+  with pytest.raises(UserError, match=r"--stage is missing.*autoencoder, t2i, t2v"):
+    plan.pick_stage(made, None)
+  with pytest.raises(UserError, match=r'--stage=t2w is not in "tiny": did you mean "t2v"'):
+    plan.pick_stage(made, "t2w")
   with pytest.raises(UserError, match="--stage=encode does not train"):
     plan.pick_stage(made, "encode")
 

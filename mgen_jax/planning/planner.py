@@ -108,7 +108,7 @@ def make_plan(
     "compile_seconds": compiled.compile_seconds,
     "stablehlo_lines": compiled.stablehlo_lines,
     "jax": jax.__version__,
-    "notes": _notes(costs, compiled, memory.total / limit),
+    "notes": _notes(costs, compiled, memory.total / limit, model_flops / topology.size),
     "changes": changes,
   }
   return Plan(record, memory, costs)
@@ -143,10 +143,21 @@ def _by_part(task: Any, bucket: Bucket, batch: int) -> dict[str, float]:
 
 
 def _notes(
-  costs: costs_lib.Costs | None, compiled: compile_lib.Compiled, filled: float
+  costs: costs_lib.Costs | None,
+  compiled: compile_lib.Compiled,
+  filled: float,
+  model_flops: float,
 ) -> list[str]:
-  """What a reader must know before trusting the figures; `filled`: share of the memory in use."""
+  """What a reader must know before trusting the figures.
+
+  `filled`: share of the memory in use; `model_flops`: of one device.
+  """
   notes = []
+  if costs is not None and costs.flops < 0.9 * model_flops:
+    notes.append(
+      "The compiled program has fewer FLOPs than the model: some kernel could not be counted, and "
+      "the bound of the step is too low."
+    )
   if 0.93 < filled <= 1:
     notes.append(
       f"{100 * filled:.0f} % of the memory is in use: what the driver, the collectives' own "
