@@ -99,6 +99,7 @@ def make_plan(
     "hlo_flops": costs.flops * topology.size if costs else None,
     "hbm_bytes": costs.bytes if costs else None,
     "collectives": [dataclasses.asdict(row) | {"axes": list(row.axes)} for row in roof.traffic],
+    "largest_collectives": _largest(costs),
     "step_seconds_bound": roof.bound,
     "step_seconds_terms": roof.terms,
     "critical": roof.critical,
@@ -134,6 +135,22 @@ def _roofline(
   # No program to read: what the model needs at least.
   seconds = model_flops / (topology.size * topology.chip.flops)
   return roofline_lib.Roofline({"compute": seconds}, seconds, "compute", None, None, ())
+
+
+def _largest(costs: costs_lib.Costs | None, count: int = 5) -> list[dict[str, Any]]:
+  """The instructions that send most, with the place in the Python program they come from."""
+  sending = [op for op in (costs.ops if costs else ()) if op.collective is not None]
+  sending.sort(key=lambda op: -op.collective.wire * op.times)
+  return [
+    {
+      "kind": op.collective.kind,
+      "axes": list(op.collective.axes),
+      "count": op.times,
+      "wire": op.collective.wire * op.times,
+      "source": op.source or op.name,
+    }
+    for op in sending[:count]
+  ]
 
 
 def _by_part(task: Any, bucket: Bucket, batch: int) -> dict[str, float]:

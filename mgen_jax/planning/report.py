@@ -33,6 +33,14 @@ def show(record: Record, console: rich.console.Console) -> None:
   console.print(_flops_table(record))
   if record["collectives"]:
     console.print(_collectives_table(record))
+    for one in record["largest_collectives"]:
+      console.print(
+        f"  {one['wire'] / 1e9:.3g} GB: {one['kind']} on {' x '.join(one['axes'])}, {one['count']} "
+        f"times, from {one['source']}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+      )
   if record["step_seconds_terms"]:
     console.print(_terms_table(record))
   for note in record["notes"]:
