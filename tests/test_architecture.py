@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 BELOW_TASKS = {"errors", "schema", "parallel", "data", "models", "diffusion"}
 BELOW_TRAINING = BELOW_TASKS | {"tasks", "config", "workdir"}
-LIBRARY = BELOW_TRAINING | {"training", "evaluation", "cli"}
+LIBRARY = BELOW_TRAINING | {"training", "planning", "evaluation", "cli"}
 COMMANDS = {"main", "ingest", "plan", "encode", "sample", "evaluate", "convert"}
 
 # Part of mgen_jax -> the other parts that it may import. A part may always import itself.
@@ -30,6 +30,7 @@ MAY_IMPORT = {
   "config": BELOW_TASKS | {"tasks"},  # where the parts' configs meet
   "workdir": {"errors", "schema", "data", "config"},
   "training": BELOW_TRAINING - {"models", "diffusion"},  # it knows no model
+  "planning": BELOW_TRAINING | {"training"},  # compiles what training would run
   "evaluation": {"errors", "schema", "data", "models", "diffusion"},
   "cli": {"errors", "schema", "training"},
   **dict.fromkeys(COMMANDS, LIBRARY | COMMANDS),

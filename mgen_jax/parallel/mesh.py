@@ -74,7 +74,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   if devices[0].platform == "cpu":  # simulated devices have no topology to respect
     grid = np.asarray(devices).reshape(sizes)
   else:
-    grid = mesh_utils.create_device_mesh(sizes, devices=devices)
+    # An axis of 4 on a torus of 8 x 8 x 8 takes a part of one physical axis.
+    grid = mesh_utils.create_device_mesh(sizes, devices=devices, allow_split_physical_axes=True)
   auto = (jax.sharding.AxisType.Auto,) * len(AXES)
   return jax.sharding.Mesh(grid, AXES, axis_types=auto)
 

@@ -101,8 +101,12 @@ class AutoencoderTask:
 
   def flops(self, bucket: Bucket) -> float:
     """Training FLOPs of one example: three times the forward pass."""
+    return sum(self.flops_by_part(bucket).values())
+
+  def flops_by_part(self, bucket: Bucket) -> dict[str, float]:
+    """`flops`, by part of the model."""
     shape = (bucket.frames, bucket.height, bucket.width)
-    return 3.0 * sum(autoencoder.flops(self.config.model, shape).values())
+    return {k: 3.0 * v for k, v in autoencoder.flops(self.config.model, shape).items()}
 
   def tokens(self, bucket: Bucket) -> int:
     """Latent positions."""

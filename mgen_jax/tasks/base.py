@@ -55,6 +55,9 @@ class Task(Protocol):
   def flops(self, bucket: Bucket) -> float:
     """Exact model FLOPs of training on one example (forward and backward, no recomputation)."""
 
+  # A task may also have `flops_by_part(bucket) -> dict[str, float]`, the parts of that sum: the
+  # planner shows them.
+
   def tokens(self, bucket: Bucket) -> int:
     """Positions that the model works on for one example, the unit of tokens/s."""
 

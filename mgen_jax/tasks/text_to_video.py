@@ -260,9 +260,14 @@ class TextToVideo:
 
   def flops(self, bucket: Bucket) -> float:
     """Training FLOPs of one example: three times the forward pass, trained text included."""
+    return sum(self.flops_by_part(bucket).values())
+
+  def flops_by_part(self, bucket: Bucket) -> dict[str, float]:
+    """`flops`, by part of the model."""
     shape = self.config.latent_shape(bucket)[:3]
     parts = backbone.flops(self.config.model, shape, self.config.text.lengths)
-    return 3.0 * (sum(parts.values()) + self._text.flops())
+    parts["text_encoder"] = self._text.flops()
+    return {name: 3.0 * part for name, part in parts.items()}
 
   def tokens(self, bucket: Bucket) -> int:
     """Patches of latents."""

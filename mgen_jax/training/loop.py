@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+import optax
 from absl import logging
 
 from mgen_jax.config import TrainStage
@@ -91,18 +92,7 @@ def train(
     stack.enter_context(mesh_lib.use(mesh))
     stop = stack.enter_context(StopSignal())
     checkpoints = stack.enter_context(Checkpoints(f"{folder}/checkpoints", keep=config.keep))
-    optimizer = optimizer_lib.make_optimizer(config.optimizer, config.steps)
-    shapes = state_lib.shapes(task, optimizer)
-    layout = state_lib.shardings(task, optimizer, mesh)
-    train_step = step_lib.make_train_step(
-      task,
-      optimizer,
-      optimizer_lib.make_schedule(config.optimizer, config.steps),
-      layout,
-      seed=seed,
-      accumulate=config.accumulate,
-      ema_decay=config.ema_decay,
-    )
+    optimizer, shapes, layout, train_step = make_program(task, config, mesh, seed)
     validate = step_lib.make_validation(task, seed=seed)
 
     # Restore.
@@ -116,7 +106,7 @@ def train(
       initial = load_initial(shapes.params, layout.params) if load_initial else None
       state = state_lib.initialise(task, optimizer, layout, seed, initial)
 
-    rows_of = _batch_shapes(task, stream.batch_sizes, mesh)
+    rows_of = batch_shapes(task, stream.batch_sizes, mesh)
     batches = stack.enter_context(contextlib.closing(stream.open(start)))
     if start:
       _check_data(restored.data, batches, checkpoints.folder)
@@ -156,12 +146,37 @@ def train(
   return seconds_before + time.perf_counter() - began
 
 
+class Program(NamedTuple):
+  """What a stage runs, before it is compiled: no array is made for it."""
+
+  optimizer: optax.GradientTransformation
+  shapes: state_lib.TrainState  # of the state
+  layout: state_lib.TrainState  # its shardings
+  train_step: Callable[..., Any]  # from `step.make_train_step`
+
+
+def make_program(task: Task, config: TrainStage, mesh: jax.sharding.Mesh, seed: int) -> Program:
+  """The train step of a stage on a mesh, which may be one of devices that are not here."""
+  optimizer = optimizer_lib.make_optimizer(config.optimizer, config.steps)
+  layout = state_lib.shardings(task, optimizer, mesh)
+  train_step = step_lib.make_train_step(
+    task,
+    optimizer,
+    optimizer_lib.make_schedule(config.optimizer, config.steps),
+    layout,
+    seed=seed,
+    accumulate=config.accumulate,
+    ema_decay=config.ema_decay,
+  )
+  return Program(optimizer, state_lib.shapes(task, optimizer), layout, train_step)
+
+
 def _due(step: int, every: int, last: bool) -> bool:
   """Whether something that happens every so many steps (0: never) and at the end is due."""
   return every > 0 and (step % every == 0 or last)
 
 
-def _batch_shapes(
+def batch_shapes(
   task: Task, batch_sizes: Mapping[Bucket, int], mesh: jax.sharding.Mesh
 ) -> dict[Bucket, dict[str, jax.ShapeDtypeStruct]]:
   """The batch of each bucket as shapes, dtypes and shardings, which follow the rules table."""

@@ -1,0 +1,175 @@
+"""Plans a stage on hardware that is not here: does it fit, what does it send, how long is a step.
+
+  python -m mgen_jax.plan --config=experiments/t2v_30b.py --stage=t2v_768_cp2 --topology=v5p:8x8x8
+  python -m mgen_jax.plan ... --topology=h100:768x8 --out=plans/h100.json
+  python -m mgen_jax.plan ... --topology=v6e:16x16 --search --config.stages.t2v.accumulate=2
+  python -m mgen_jax.plan ... --topology=v5p:8x8x8 --compare=plans/h100.json
+  python -m mgen_jax.plan --compare=plans/a.json,plans/b.json
+
+The step that training would run is compiled for that hardware, from shapes alone; neither a TPU nor
+a GPU is needed, but their compiler is: pip install -e .[tpu] or .[cuda]. Topologies: chips along
+the torus (v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4), nodes x GPUs (h100:768x8, h200:16x8,
+b200:16x8), or devices simulated on the CPU (cpu:8). See docs/planning.md.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import rich.console
+from absl import flags, logging
+from ml_collections import config_flags
+
+from mgen_jax import cli, schema
+from mgen_jax import config as config_lib
+from mgen_jax.config import Experiment, TrainStage
+from mgen_jax.data.buckets import Bucket, parse_bucket
+from mgen_jax.data.files import write_text_atomic
+from mgen_jax.errors import UserError
+from mgen_jax.planning import planner, report, topologies
+from mgen_jax.planning import search as search_lib
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment.")
+_STAGE = flags.DEFINE_string("stage", None, "Train stage; may be left out if there is one only.")
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", None, f"Hardware, one of or like: {', '.join(topologies.EXAMPLES.values())}."
+)
+_BUCKET = flags.DEFINE_string(
+  "bucket", None, "Like 256x768x768; by default that with the most tokens in its batch."
+)
+_ALL_BUCKETS = flags.DEFINE_bool("all_buckets", False, "Plan every bucket of the stage.")
+_SEARCH = flags.DEFINE_bool("search", False, "Try meshes, remat policies and accumulations.")
+_TRIES = flags.DEFINE_integer("tries", 6, "With --search: how many choices to compile.", 1)
+_COMPARE = flags.DEFINE_string(
+  "compare", None, "A saved plan to compare with; two, with a comma, are compared as they are."
+)
+_OUT = flags.DEFINE_string("out", None, "Save FILE.json, FILE.txt and FILE.png here.")
+
+
+def main(argv: Sequence[str]) -> None:
+  """Makes the plans that the flags ask for, shows and saves them."""
+  del argv
+  console = rich.console.Console(width=None if sys.stdout.isatty() else 120)
+  others = [read_plan(path) for path in (_COMPARE.value or "").split(",") if path]
+  if len(others) == 2 and _CONFIG.value is None:
+    report.show_comparison(*others, console)
+    return
+  if len(others) > 1:
+    raise UserError("--compare takes one plan beside --config, or two plans without --config.")
+  if _CONFIG.value is None:
+    raise UserError("--config is missing: name an experiment, like experiments/quickstart.py.")
+  if _TOPOLOGY.value is None:
+    known = ", ".join(topologies.EXAMPLES.values())
+    raise UserError(f"--topology is missing: name the hardware, like one of {known}.")
+  topology = topologies.parse(_TOPOLOGY.value)
+  experiment = config_lib.resolve(_CONFIG.value)
+  name = pick_stage(experiment, _STAGE.value)
+  buckets = pick_buckets(experiment, name, _BUCKET.value, _ALL_BUCKETS.value)
+
+  # The host itself only traces; it must not look for accelerators, nor give old compile times.
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_enable_compilation_cache", False)
+  devices = topologies.devices(topology)
+  plans = []
+  for bucket in buckets:
+    logging.info("compiling stage %s, bucket %s, for %s", name, bucket.name, topology.name)
+    plans.append(planner.make_plan(experiment, name, bucket, topology, devices))
+  record = dict(max(plans, key=lambda plan: plan.memory.total).record)
+  if len(plans) > 1:
+    record["buckets"] = {plan.record["bucket"]: plan.record for plan in plans}
+    record["fits"] = all(plan.fits for plan in plans)
+  if _SEARCH.value:
+    trials = search_lib.search(
+      experiment, name, buckets[0], topology, devices, plans[0], _TRIES.value
+    )
+    record["search"] = [trial.record() for trial in trials]
+
+  def draw(to: rich.console.Console) -> None:
+    for plan in plans:
+      report.show(plan.record, to)
+    if "search" in record:
+      report.show_search(record["search"], to)
+    for other in others:
+      report.show_comparison(other, record, to)
+
+  draw(console)
+  if _OUT.value:
+    save(_OUT.value, record, report.as_text(draw), [plan.record for plan in plans])
+
+
+def pick_stage(experiment: Experiment, name: str | None) -> str:
+  """The train stage to plan.
+
+  Raises:
+    UserError: there is no such stage, or it does not train.
+  """
+  known = [n for n in experiment.recipe if isinstance(experiment.stages[n], TrainStage)]
+  if name is None and len(known) == 1:
+    return known[0]
+  if name is None:
+    raise UserError(
+      f'--stage is missing, and "{experiment.name}" trains {len(known)} stages: name one of '
+      f"{', '.join(known)}."
+    )
+  if name not in known:
+    what = "does not train" if name in experiment.stages else f'is not in "{experiment.name}"'
+    raise UserError(f"--stage={name} {what}: {schema.suggest(name, known)}")
+  return name
+
+
+def pick_buckets(experiment: Experiment, name: str, text: str | None, every: bool) -> list[Bucket]:
+  """The buckets to plan, that with the most tokens in its batch first.
+
+  Raises:
+    UserError: the stage has no such bucket.
+  """
+  stage = experiment.stages[name]
+  task = planner.compile_lib.train_task(experiment, name)
+  batches = stage.batches()
+  ordered = sorted(batches, key=lambda b: batches[b].batch * task.tokens(b), reverse=True)
+  if text is None:
+    return ordered if every else ordered[:1]
+  bucket = parse_bucket(text.removeprefix("b"))
+  if bucket not in batches:
+    known = [b.name for b in ordered]
+    raise UserError(
+      f"--bucket={text} is not a bucket of stage {name}: {schema.suggest(bucket.name, known)}"
+    )
+  return [bucket]
+
+
+def read_plan(path: str) -> dict[str, Any]:
+  """A plan that --out has saved.
+
+  Raises:
+    UserError: it is missing or is none.
+  """
+  if not os.path.isfile(path):
+    raise UserError(f"--compare={path} does not exist: name a plan that --out has saved.")
+  with open(path, encoding="utf-8") as file:
+    try:
+      record = json.load(file)
+    except ValueError as error:
+      raise UserError(f"--compare={path} is not JSON ({error}): name a saved plan.") from error
+  if not isinstance(record, dict) or "memory_gib" not in record:
+    raise UserError(f"--compare={path} is not a plan: name a file that --out has saved.")
+  return record
+
+
+def save(out: str, record: dict[str, Any], text: str, shown: list[dict[str, Any]]) -> None:
+  """Writes the plan as JSON, as text and as a picture, side by side."""
+  path = Path(out)
+  stem = path.with_suffix("") if path.suffix in (".json", ".txt", ".png") else path
+  stem.parent.mkdir(parents=True, exist_ok=True)
+  write_text_atomic(stem.with_name(stem.name + ".json"), json.dumps(record, indent=2) + "\n")
+  write_text_atomic(stem.with_name(stem.name + ".txt"), text)
+  stem.with_name(stem.name + ".png").write_bytes(report.picture(shown))
+  logging.info("saved %s.json, .txt and .png", stem)
+
+
+if __name__ == "__main__":
+  cli.run(main)

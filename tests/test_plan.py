@@ -1,0 +1,86 @@
+"""The command as a user runs it: plans, files, comparisons, and one sentence for a fault."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mgen_jax import config as config_lib
+from mgen_jax import plan
+from mgen_jax.errors import UserError
+from tests import tiny
+
+
+def run(*flags):
+  command = [sys.executable, "-m", "mgen_jax.plan", *flags]
+  return subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_a_stage_is_planned_saved_and_compared(tmp_path):
+  flags = ("--config=tests/tiny.py", "--stage=t2i", "--topology=cpu:4")
+  done = run(*flags, f"--out={tmp_path}/deep/a.json")
+  assert done.returncode == 0, done.stderr
+  assert "tiny / t2i / 1x32x32 on cpu:4" in done.stdout and "FITS" in done.stdout
+  first = json.loads((tmp_path / "deep" / "a.json").read_text())
+  assert first["devices"] == 4 and first["mesh"]["fsdp"] == 4 and first["stablehlo_lines"] > 100
+  assert "Memory of one device" in (tmp_path / "deep" / "a.txt").read_text()
+  assert (tmp_path / "deep" / "a.png").read_bytes().startswith(b"\x89PNG")
+
+  (tmp_path / "b.json").write_text(json.dumps({**first, "accumulate": 2}))
+  again = run(f"--compare={tmp_path}/deep/a.json,{tmp_path}/b.json")
+  assert again.returncode == 0, again.stderr
+  assert "Compared with the other plan" in again.stdout and "differs" in again.stdout
+
+
+TINY = ("--config=tests/tiny.py", "--stage=t2v")
+
+
+@pytest.mark.parametrize(
+  ("flags", "words"),
+  [
+    ([*TINY], ["--topology is missing", "v5p:8x8x8"]),
+    ([*TINY, "--topology=v5pp:8x8x8"], ['did you mean "v5p:8x8x8"']),
+    ([*TINY, "--topology=cpu:6"], ["config.stages.t2v.buckets", "does not divide"]),
+    (
+      [*TINY, "--topology=cpu:8", "--config.stages.t2v.mesh.fsdp=3"],
+      ["config.stages.t2v.mesh", "8 devices", "for instance"],
+    ),
+  ],
+)
+@pytest.mark.slow
+def test_bad_input_is_one_sentence(flags, words):
+  done = run(*flags)
+  said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+  assert done.returncode == 2, done.stderr
+  assert len(said) == 1 and "Traceback" not in done.stderr, done.stderr
+  assert all(word in said[0] for word in words), said
+
+
+def test_the_bucket_with_the_most_tokens_comes_first():
+  made = config_lib.resolve(tiny.get_config())
+  found = plan.pick_buckets(made, "t2v", None, True)
+  assert [bucket.name for bucket in found] == ["8x32x48", "1x32x32", "4x32x32"]
+  assert [b.name for b in plan.pick_buckets(made, "t2v", None, False)] == ["8x32x48"]
+  assert [b.name for b in plan.pick_buckets(made, "t2v", "b4x32x32", False)] == ["4x32x32"]
+  with pytest.raises(UserError, match='did you mean "8x32x48"'):
+    plan.pick_buckets(made, "t2v", "8x32x44", False)
+
+
+def test_a_stage_that_does_not_train_cannot_be_planned():
+  made = config_lib.resolve(tiny.get_config())
+  with pytest.raises(UserError, match=r"--stage is missing.*autoencoder, t2i, t2v"):
+    plan.pick_stage(made, None)
+  with pytest.raises(UserError, match=r'--stage=t2w is not in "tiny": did you mean "t2v"'):
+    plan.pick_stage(made, "t2w")
+  with pytest.raises(UserError, match="--stage=encode does not train"):
+    plan.pick_stage(made, "encode")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"loss": 1}'])
+def test_a_file_that_is_no_plan_is_refused(tmp_path, text):
+  (tmp_path / "x.json").write_text(text)
+  with pytest.raises(UserError, match=r"--compare=.*x\.json is not"):
+    plan.read_plan(f"{tmp_path}/x.json")
