@@ -10,7 +10,7 @@ Hardware: 4 CPU cores. Time, memory and accuracies: docs/numbers.md, "Quickstart
 Everything is the full-size code by config, at toy size. Three choices are the toy's own: the
 autoencoder codes each block of 8x8x8 pixels by itself (convolutions train too slowly on a CPU), the
 times of flow matching lean to the noise (`time_mean`), where the place of the one object is
-decided, less so once that is learned, and a word of the caption is one feature.
+decided, and a word of the caption is one feature.
 """
 
 from mgen_jax import config
@@ -115,7 +115,6 @@ def get_config():
       "t2v": {
         **generate,
         "init_from": "t2i",
-        "task": {**GENERATOR, "time_mean": -0.5},
         "steps": 1500,
         "buckets": _buckets(IMAGES, 64, 0.1)
         | _buckets(CLIPS, 32, 0.6)
