@@ -4,6 +4,7 @@ Not here: what is measured. Nothing in `mgen_jax` imports this folder.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -21,13 +22,13 @@ import rich.table
 Row = dict[str, Any]
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
+def parser(doc: str, rounds: int = 10) -> argparse.ArgumentParser:
   """The flags that every benchmark has; `doc` is the docstring of its file."""
   made = argparse.ArgumentParser(
     description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
   made.add_argument("--out", help="Save the result as JSON here.")
-  made.add_argument("--rounds", type=int, default=10, help="Timed rounds (default: 10).")
+  made.add_argument("--rounds", type=int, default=rounds, help=f"Timed rounds (default: {rounds}).")
   return made
 
 
@@ -36,33 +37,44 @@ def numbers(text: str) -> tuple[int, ...]:
   return tuple(int(part) for part in text.split(","))
 
 
-def interleave(steps: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2) -> dict:
-  """Seconds of each step: all of them in turn, `rounds` times, so that what else the machine does
-  hits them alike. A step returns when its work is done.
+@dataclasses.dataclass(frozen=True)
+class Times:
+  """Of one step, one entry for each round."""
 
-  Returns:
-    {name: [seconds of each round]}.
-  """
+  wall: list[float]  # seconds that it took
+  cpu: list[float]  # seconds of all cores that this process was given meanwhile
+
+
+def interleave(
+  steps: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2
+) -> dict[str, Times]:
+  """Times each step: all of them in turn, `rounds` times, so that what else the machine does hits
+  them alike. A step returns when its work is done."""
   for step in steps.values():
     for _ in range(warm_up):
       step()
-  seconds: dict[str, list[float]] = {name: [] for name in steps}
+  times = {name: Times([], []) for name in steps}
   order = list(steps)
   for number in range(rounds):
     for name in order if number % 2 else reversed(order):
-      began = time.perf_counter()
+      wall, cpu = time.perf_counter(), time.process_time()
       steps[name]()
-      seconds[name].append(time.perf_counter() - began)
-  return seconds
+      times[name].wall.append(time.perf_counter() - wall)
+      times[name].cpu.append(time.process_time() - cpu)
+  return times
 
 
-def ratio(seconds: Mapping[str, Sequence[float]], above: str, below: str) -> Row:
-  """How the seconds of two interleaved steps compare: medians, and the spread over the rounds."""
-  quotients = sorted(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
+def ratios(above: Times, below: Times) -> Row:
+  """How two interleaved steps compare: "ratio" of the median times, "low" and "high" where all but
+  a tenth of the rounds lie above and below, and "cpu_ratio" of the work, which other programs on
+  the machine hardly change."""
+  rounds = sorted(a / b for a, b in zip(above.wall, below.wall, strict=True))
+  tenth = len(rounds) // 10
   return {
-    "ratio": statistics.median(seconds[above]) / statistics.median(seconds[below]),
-    "ratio_low": quotients[len(quotients) // 10],
-    "ratio_high": quotients[-1 - len(quotients) // 10],
+    "ratio": statistics.median(above.wall) / statistics.median(below.wall),
+    "low": rounds[tenth],
+    "high": rounds[-1 - tenth],
+    "cpu_ratio": statistics.median(above.cpu) / statistics.median(below.cpu),
   }
 
 

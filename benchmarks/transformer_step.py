@@ -8,8 +8,10 @@
 Forward, backward, gradient clipping and AdamW, on the same shapes and from the same parameters.
 PyTorch's side is `benchmarks/torch_backbone.py` under `torch.compile` (unless --eager), with its
 scaled_dot_product_attention and its fused AdamW. Both run on a GPU where both see one, else on the
-CPU with as many threads as there are cores. Steps take turns, so that other work on the machine hits
-both alike. "ratio" is our time over PyTorch's: below 1 we are faster. Needs torch, of the extra test.
+CPU with as many threads as there are cores. Steps take turns, so that other work on the machine
+hits both alike. "ratio" is our time over PyTorch's: below 1 we are faster; "cpu_ratio" compares the
+processor time of all threads, which counts where the cores are shared with other programs. Needs
+torch, of the extra "test".
 """
 
 import dataclasses
@@ -22,8 +24,8 @@ from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU is PyTorch's as well
-# PyTorch's threads would spin at each barrier while ours, or another program, have the cores: a step
-# then takes seconds. On a machine that does nothing else, OMP_WAIT_POLICY=active is the fairer one.
+# PyTorch's threads would spin at each barrier while ours, or another program, have the cores: a
+# step then takes seconds. On a machine that does nothing else, "active" is fairer to it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import flax.linen as nn
@@ -107,8 +109,9 @@ def make_params(config: BackboneConfig) -> Any:
   )
 
 
-def jax_step(config: BackboneConfig, params: Any, inputs: Inputs) -> Callable[[], float]:
-  """A function that does one step and returns the loss once the parameters are there."""
+def jax_program(config: BackboneConfig, params: Any, inputs: Inputs) -> tuple[Any, tuple]:
+  """The jitted step (params, opt_state, batch) -> (params, opt_state, loss), which is given the
+  first two away, and arguments for it."""
   model = Backbone(config)
   optimizer = make_optimizer(OPTIMIZER, 1000)
 
@@ -121,13 +124,18 @@ def jax_step(config: BackboneConfig, params: Any, inputs: Inputs) -> Callable[[]
     updates, opt_state = optimizer.update(gradients, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, value
 
-  compiled = jax.jit(step, donate_argnums=(0, 1))
   batch = jax.device_put({f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)})
-  params = jax.tree.map(jnp.array, params)  # donated: the caller keeps its own
-  state = [params, jax.jit(optimizer.init)(params)]
+  params = jax.tree.map(jnp.array, params)  # the caller keeps its own
+  arguments = (params, jax.jit(optimizer.init)(params), batch)
+  return jax.jit(step, donate_argnums=(0, 1)), arguments
+
+
+def jax_step(config: BackboneConfig, params: Any, inputs: Inputs) -> Callable[[], float]:
+  """A function that does one step and returns the loss once the parameters are there."""
+  step, (*state, batch) = jax_program(config, params, inputs)
 
   def run() -> float:
-    *state[:], value = compiled(*state, batch)
+    *state[:], value = step(*state, batch)
     return float(jax.block_until_ready((state, value))[1])
 
   return run
@@ -200,15 +208,15 @@ def measure(config: BackboneConfig, params: Any, tokens: int, args: Any) -> comm
   worst = max(losses.values()) / min(losses.values()) - 1
   if worst > (0.05 if config.dtype == "bfloat16" else 1e-3):
     raise SystemExit(f"the losses differ ({losses}): these are not the same step.")
-  seconds = common.interleave(steps, args.rounds)
+  times = common.interleave(steps, args.rounds)
   text = [TEXT_TOKENS] * len(config.context_widths)
   size = inputs.latents.shape[1:4]
   flops = 3 * args.batch * sum(backbone.flops(config, size, text).values())
   row = {"tokens": tokens, "batch": args.batch, "gflop": flops / 1e9}
-  for name, values in seconds.items():
-    middle = statistics.median(values)
+  for name, values in times.items():
+    middle = statistics.median(values.wall)
     row |= {f"{name}_ms": 1e3 * middle, f"{name}_gflop_s": flops / middle / 1e9}
-  return row | (common.ratio(seconds, "jax", "torch") if "torch" in seconds else {})
+  return row | (common.ratios(times["jax"], times["torch"]) if "torch" in times else {})
 
 
 def plot(record: common.Row, path: str) -> None:
@@ -227,7 +235,7 @@ def plot(record: common.Row, path: str) -> None:
   top.legend()
   if "ratio" in rows[0]:
     bottom.plot(tokens, [row["ratio"] for row in rows], marker="o", color="#444444")
-    low, high = ([row[f"ratio_{end}"] for row in rows] for end in ("low", "high"))
+    low, high = ([row[end] for row in rows] for end in ("low", "high"))
     bottom.fill_between(tokens, low, high, color="#bbbbbb")
   bottom.axhline(1.0, color="#cc3311", linewidth=1)
   bottom.set(xlabel="tokens of an example", ylabel="our time / PyTorch's")
@@ -261,8 +269,8 @@ def main(argv: list[str] | None = None) -> common.Row:
     rows.append(measure(config, params, tokens, args))
   count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
   title = (
-    f"Training step, {config.layers} layers of width {config.width}, {count / 1e6:.1f}M parameters, "
-    f"{config.dtype}, remat {config.remat}"
+    f"Training step, {config.layers} layers of width {config.width}, {count / 1e6:.1f}M "
+    f"parameters, {config.dtype}, remat {config.remat}"
   )
   record = common.report(title, rows, args.out, size=args.size, parameters=count)
   if args.plot:

@@ -118,7 +118,10 @@ def _generator(max_positions, growth="interpolate"):
     "time_mean": 0.0,  # t = sigmoid(z), z ~ N(0, 1)
     "time_std": 1.0,
     "sampler": {
-      **{"num_steps": 50, "grid": "linear_quadratic", "linear_steps": 250, "guidance": 7.5},
+      "num_steps": 50,
+      "grid": "linear_quadratic",
+      "linear_steps": 250,
+      "guidance": 7.5,
       "dtype": "bfloat16",
     },
   }

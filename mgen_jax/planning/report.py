@@ -242,12 +242,12 @@ def _summary(record: Record) -> str:
   where = f"{record['devices']} x {record['chip']} on {record['hosts']} hosts, mesh {mesh}"
   if _is_sampler(record):
     sampler = record["sampler"]
-    lines = [
-      where,
+    how = (
       f"{sampler['count']} samples of {record['tokens']} tokens at a time: {sampler['num_steps']} "
       f"{sampler['method']} steps, {sampler['evaluations']} evaluations, guidance "
-      f"{sampler['guidance']:g} by {sampler['guidance_split']}, dtype {sampler['dtype']}",
-    ]
+      f"{sampler['guidance']:g} by {sampler['guidance_split']}, dtype {sampler['dtype']}"
+    )
+    lines = [where, how]
   else:
     lines = [
       f"{where}, remat={record['remat']}, accumulate={record['accumulate']}",
