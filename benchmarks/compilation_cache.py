@@ -8,12 +8,15 @@ training step of the backbone, and runs it once. The first of a round finds an e
 the second the folder that the first has filled. "ratio" is warm over cold.
 """
 
+import argparse
+import dataclasses
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from benchmarks import common
@@ -21,16 +24,16 @@ from benchmarks import common
 CHILD = "--child"
 
 
-def child(args) -> None:
+def child(args: argparse.Namespace) -> None:
   """One start, in this process: prints its seconds as JSON."""
-  import dataclasses
-  import time
+  import jax
 
   from benchmarks import first_step, transformer_step
   from mgen_jax import compilation_cache
   from mgen_jax.models import backbone
 
   compilation_cache.enable(args.child)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small programs, too
   config = dataclasses.replace(
     backbone.SIZES["toy"],
     layers=args.layers,
@@ -43,10 +46,9 @@ def child(args) -> None:
   print(json.dumps({"compile": found["compile"], "step": time.perf_counter() - began}))
 
 
-def start(args, folder: str) -> dict[str, float]:
-  """Seconds of a start in a new process: "compile", the "step" from its tracing on, and "all"."""
-  import time
-
+def start(args: argparse.Namespace, folder: str) -> dict[str, float]:
+  """A start in a new process: seconds "compile_s", "step_s" (from its tracing on) and "all_s", and
+  the number of "programs" that are in the cache after it."""
   command = [sys.executable, "-m", "benchmarks.compilation_cache", f"--layers={args.layers}"]
   command += [f"--width={args.width}", f"{CHILD}={folder}"]
   root = Path(__file__).resolve().parent.parent
@@ -57,7 +59,9 @@ def start(args, folder: str) -> dict[str, float]:
   done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
   if done.returncode:
     raise SystemExit(f"a start failed:\n{done.stderr}")
-  return json.loads(done.stdout.splitlines()[-1]) | {"all": time.perf_counter() - began}
+  seconds = json.loads(done.stdout.splitlines()[-1]) | {"all": time.perf_counter() - began}
+  programs = len(list(Path(folder).glob("*-cache")))
+  return {f"{key}_s": value for key, value in seconds.items()} | {"programs": programs}
 
 
 def main(argv: list[str] | None = None) -> common.Row | None:
@@ -72,7 +76,6 @@ def main(argv: list[str] | None = None) -> common.Row | None:
     child(args)
     return None
   found: dict[str, list] = {"cold": [], "warm": []}
-  size = 0
   for _ in range(args.rounds):
     with tempfile.TemporaryDirectory(prefix="mgen_jax-cache-") as folder:
       for results in found.values():
@@ -80,10 +83,11 @@ def main(argv: list[str] | None = None) -> common.Row | None:
       size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
   rows = []
   for name, results in found.items():
-    middle = {key: statistics.median(r[key] for r in results) for key in results[0]}
-    rows.append({"start": name, **{f"{key}_s": value for key, value in middle.items()}})
-  for row in rows:
-    row |= {f"{key}_ratio": row[f"{key}_s"] / rows[0][f"{key}_s"] for key in ("compile", "all")}
+    rows.append({"start": name})
+    for key in results[0]:
+      rows[-1][key] = statistics.median(result[key] for result in results)
+    for key in ("compile", "all"):
+      rows[-1][f"{key}_ratio"] = rows[-1][f"{key}_s"] / rows[0][f"{key}_s"]
   return common.report("Persistent compilation cache", rows, args.out, cache_mib=size / 2**20)
 
 

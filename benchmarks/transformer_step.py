@@ -14,6 +14,7 @@ processor time of all threads, which counts where the cores are shared with othe
 torch, of the extra "test".
 """
 
+import argparse
 import dataclasses
 import importlib.util
 import math
@@ -68,7 +69,7 @@ def grid_of(tokens: int) -> tuple[int, int, int]:
   return frames, side, side
 
 
-def model_for(args: Any) -> BackboneConfig:
+def model_for(args: argparse.Namespace) -> BackboneConfig:
   """The named size, with the flags' changes and tables that hold every grid of the sweep."""
   names = ("layers", "width", "heads", "mlp_width", "dtype", "remat", "scan_unroll")
   changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -194,7 +195,9 @@ def torch_step(
   return run
 
 
-def measure(config: BackboneConfig, params: Any, tokens: int, args: Any) -> common.Row:
+def measure(
+  config: BackboneConfig, params: Any, tokens: int, args: argparse.Namespace
+) -> common.Row:
   """One row of the sweep.
 
   Raises:
@@ -244,8 +247,8 @@ def plot(record: common.Row, path: str) -> None:
   fig.savefig(path, dpi=120)
 
 
-def main(argv: list[str] | None = None) -> common.Row:
-  """Runs the sweep that the flags ask for."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
+  """The flags."""
   parser = common.parser(__doc__)
   add = parser.add_argument
   add("--size", default="toy", choices=sorted(backbone.SIZES), help="Named size (default: toy).")
@@ -261,6 +264,12 @@ def main(argv: list[str] | None = None) -> common.Row:
   args = parser.parse_args(argv)
   if not args.no_torch and importlib.util.find_spec("torch") is None:
     parser.error("torch is not installed: pip install -e .[test], or give --no_torch.")
+  return args
+
+
+def main(argv: list[str] | None = None) -> common.Row:
+  """Runs the sweep that the flags ask for."""
+  args = parse(argv)
   config = model_for(args)
   params = make_params(config)
   rows = []

@@ -65,14 +65,14 @@ def job(
     sampling: mesh and number of samples.
 
   Raises:
-    UserError: a mesh that does not fit the devices or the model, samples that do not divide, a
-      bucket that the model cannot take, a stage without a sampler.
+    UserError: a mesh that does not fit the devices, samples that do not divide, a bucket that the
+      model cannot take, a stage without a sampler. (Heads that the mesh does not divide are found
+      by the model when it is traced.)
   """
   task = task_of(stage, name)
   task.config.check_bucket(bucket)
   wanted = sampling.mesh or text_to_video.sampling_mesh(task.config.sampler, len(devices))
   mesh = mesh_lib.make_mesh(wanted, devices)
-  _check(task, bucket, mesh)
   axis = text_to_video.sample_axis(mesh)
   parts = mesh.shape["fsdp"]
   samples = parts if sampling.samples is None else sampling.samples
@@ -139,18 +139,3 @@ def flags(mesh: MeshConfig) -> str:
   """The flag that asks for a mesh."""
   named = [f"{axis}={getattr(mesh, axis)}" for axis in mesh_lib.AXES if getattr(mesh, axis) > 1]
   return "--mesh=" + (",".join(named) or "fsdp=1")
-
-
-def _check(task: TextToVideo, bucket: Bucket, mesh: jax.sharding.Mesh) -> None:
-  heads, tokens = task.config.model.heads, task.tokens(bucket)
-  tensor, context = mesh.shape["tensor"], mesh.shape["context"]
-  if heads % tensor:
-    raise UserError(
-      f"--mesh has tensor={tensor}, which does not divide the model's {heads} heads: use a divisor "
-      f"of {heads}."
-    )
-  if tokens % (context * tensor):
-    raise UserError(
-      f"--mesh has context={context} and tensor={tensor}, whose product does not divide the "
-      f"{tokens} tokens of {bucket.name}: use smaller powers of two."
-    )
