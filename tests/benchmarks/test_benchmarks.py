@@ -60,8 +60,8 @@ def test_ratios_are_of_medians_with_their_spread():
 def test_a_scanned_program_does_not_grow_with_its_layers(monkeypatch):
   record = first_step.main(["--layers=1,3", "--width=24", "--tokens=16", "--rounds=1"])
   lines = {(row["layers"], row["how"]): row["stablehlo_lines"] for row in record["rows"]}
-  assert lines[3, "unrolled"] > 1.5 * lines[1, "unrolled"]
-  assert lines[3, "scanned"] < 1.1 * lines[1, "scanned"]
+  assert lines[3, "unrolled"] > 1.1 * lines[1, "unrolled"]
+  assert lines[3, "scanned"] == lines[1, "scanned"]
   assert {"trace_s", "lower_s", "compile_s", "run_s", "ratio"} <= set(record["rows"][0])
 
 
