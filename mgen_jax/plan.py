@@ -114,11 +114,11 @@ def main(argv: Sequence[str]) -> None:
   if len(plans) > 1:
     record["buckets"] = {plan.record["bucket"]: plan.record for plan in plans}
     record["fits"] = all(plan.fits for plan in plans)
-  if _SEARCH.value and wanted is None:
-    trials = search_lib.search(*where, plans[0], _TRIES.value)
-    record["search"] = [trial.record() for trial in trials]
-  elif _SEARCH.value:
-    trials = search_lib.search_sampling(*where, plans[0], wanted, _TRIES.value)
+  if _SEARCH.value:
+    if wanted is None:
+      trials = search_lib.search(*where, plans[0], _TRIES.value)
+    else:
+      trials = search_lib.search_sampling(*where, plans[0], wanted, _TRIES.value)
     record["search"] = [trial.record() for trial in trials]
 
   def draw(to: rich.console.Console) -> None:

@@ -157,9 +157,10 @@ def show_comparison(old: Record, new: Record, console: rich.console.Console) -> 
     table, "main memory, GB a device", *(_scaled(r["hbm_bytes"], 1e9) for r in (old, new))
   )
   wires = [_wire_by_axes(record) for record in (old, new)]
+  least = 1e-4 * max(sum(wire.values()) for wire in wires)  # GB worth a line
   for axes in sorted(set(wires[0]) | set(wires[1])):
     values = [wire.get(axes, 0.0) for wire in wires]
-    if max(values) >= 1e-3:
+    if max(values) >= least:
       _compare_row(table, f"sent on {axes}, GB a device", *values)
   for key in ("compile_seconds", "stablehlo_lines"):
     _compare_row(table, key.replace("_", " "), old[key], new[key])

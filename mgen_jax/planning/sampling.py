@@ -70,7 +70,10 @@ def job(
       by the model when it is traced.)
   """
   task = task_of(stage, name)
-  task.config.check_bucket(bucket)
+  try:
+    task.config.check_bucket(bucket)
+  except UserError as error:
+    raise UserError(f"--bucket={bucket.name}: {error}") from error
   wanted = sampling.mesh or text_to_video.sampling_mesh(task.config.sampler, len(devices))
   mesh = mesh_lib.make_mesh(wanted, devices)
   axis = text_to_video.sample_axis(mesh)
