@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from mgen_jax.parallel.linear import linear
+
 Array = jax.Array
 Initializer = Callable[..., Array]
 
@@ -38,13 +40,18 @@ class Dense(nn.Module):
   use_bias: bool = False
   dtype: str = "float32"
   kernel_init: Initializer = fan_in_init
+  # Logical names of [batch, tokens] of an input: its kernel is gathered where it is used.
+  inputs: tuple[str, str] | None = None
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     kernel = self.param(
       "kernel", partitioned(self.kernel_init, *self.axes), (x.shape[-1], self.features)
     )
-    x = x.astype(self.dtype) @ kernel.astype(self.dtype)
+    if self.inputs is None:
+      x = x.astype(self.dtype) @ kernel.astype(self.dtype)
+    else:
+      x = linear(x.astype(self.dtype), kernel, names=self.inputs, kernel_names=self.axes)
     if self.use_bias:
       bias = self.param("bias", partitioned(nn.initializers.zeros, self.axes[1]), (self.features,))
       x = x + bias.astype(self.dtype)
@@ -118,7 +125,8 @@ class MLP(nn.Module):
       raise ValueError(f"unknown activation {self.activation!r}: use one of {sorted(functions)}")
 
     def dense(features, axes, name):
-      return Dense(features, axes, use_bias=self.use_bias, dtype=self.dtype, name=name)
+      inputs = self.activation_axes[:2]
+      return Dense(features, axes, self.use_bias, self.dtype, inputs=inputs, name=name)
 
     def project(name):
       return checkpoint_name(dense(self.hidden, ("embed", "mlp"), name)(x), "mlp_projection")
