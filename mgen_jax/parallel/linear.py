@@ -82,27 +82,35 @@ def _layout(mesh: Mesh, rows, shape, names, kernel_names) -> _Layout | None:
     PartitionSpec(*gathered),
     PartitionSpec(*lead, gathered[0]),
     PartitionSpec(*lead, gathered[1]),
-    tuple(axis for axis in mesh.axis_names if axis in reduced - set(SHARDS)),
+    tuple(a for a in mesh.axis_names if a in reduced - set(SHARDS) and mesh.shape[a] > 1),
     math.prod(mesh.shape[axis] for axis in reduced - held),
   )
 
 
+# Compiled programs name these once for each shape, however many kernels have it.
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _linear(x: Array, kernel: Array, layout: _Layout) -> Array:
+  return _forward(x, kernel, layout)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _forward(x, kernel, layout):
   return x @ _gather(kernel.astype(x.dtype), layout)
 
 
-def _linear_forward(x, kernel, layout):
-  return _linear(x, kernel, layout), (x, kernel)  # the kernel is gathered anew for the way back
-
-
-def _linear_backward(layout, saved, dy):
-  x, kernel = saved
+@functools.partial(jax.jit, static_argnums=3)
+def _backward(x, kernel, dy, layout):
   dx = dy @ _gather(kernel.astype(x.dtype), layout).T
   return dx, _kernel_gradient(x, dy, layout).astype(kernel.dtype)
 
 
-_linear.defvjp(_linear_forward, _linear_backward)
+_linear.defvjp(
+  # The kernel is gathered anew for the way back.
+  lambda x, kernel, layout: (_forward(x, kernel, layout), (x, kernel)),
+  lambda layout, saved, dy: _backward(*saved, dy, layout),
+)
 
 
 def _gather(kernel: Array, layout: _Layout) -> Array:
@@ -125,7 +133,7 @@ def _kernel_gradient(x: Array, dy: Array, layout: _Layout) -> Array:
 
   def local(x, dy):
     whole = jnp.einsum("bni,bno->io", x, dy, preferred_element_type=jnp.float32)
-    whole = whole / layout.copies
+    whole = whole / layout.copies if layout.copies > 1 else whole
     mine = jax.lax.psum_scatter(whole, SHARDS, scatter_dimension=layout.dim, tiled=True)
     return jax.lax.psum(mine, layout.sums) if layout.sums else mine
 

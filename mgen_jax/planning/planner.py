@@ -13,7 +13,7 @@ from mgen_jax.config import Experiment, TrainStage
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.planning import compile as compile_lib
 from mgen_jax.planning import costs as costs_lib
-from mgen_jax.planning import estimate, hlo
+from mgen_jax.planning import estimate, gathers, hlo
 from mgen_jax.planning import roofline as roofline_lib
 from mgen_jax.planning.chips import GIB
 from mgen_jax.planning.topologies import Topology
@@ -64,7 +64,7 @@ def make_plan(
   roof = _roofline(costs, topology, compiled, model_flops)
   limit = memory_limit(topology)
   fits = compiled.complaint is None and compiled.memory.total <= limit
-  here = estimate.current(stage, topology.size)
+  here = estimate.current(stage, bucket, topology.size)
   changes = []
   if not fits and advise:
     estimator = estimate.Estimator(experiment, name, bucket, topology, compiled.memory, roof.bound)
@@ -100,6 +100,7 @@ def make_plan(
     "hbm_bytes": costs.bytes if costs else None,
     "collectives": [dataclasses.asdict(row) | {"axes": list(row.axes)} for row in roof.traffic],
     "largest_collectives": _largest(costs),
+    "largest_gather": _gather(costs, stage, bucket, dict(compiled.mesh.shape)),
     "step_seconds_bound": roof.bound,
     "step_seconds_terms": roof.terms,
     "critical": roof.critical,
@@ -151,6 +152,12 @@ def _largest(costs: costs_lib.Costs | None, count: int = 5) -> list[dict[str, An
     }
     for op in sending[:count]
   ]
+
+
+def _gather(costs, stage: TrainStage, bucket: Bucket, mesh: dict[str, int]) -> dict | None:
+  """The largest all-gather beside the most that a layer needs (`gathers.py`)."""
+  found = gathers.largest(costs) if costs else None
+  return found and found | {"limit": gathers.limit(stage, bucket, mesh)}
 
 
 def _by_part(task: Any, bucket: Bucket, batch: int) -> dict[str, float]:
