@@ -59,7 +59,9 @@ def _parts(jaxpr: core.Jaxpr) -> list[list[core.JaxprEqn]]:
   needed: dict[core.Var, int] = {}
   for index, equation in reversed(list(enumerate(jaxpr.eqns))):
     if all(out.aval.shape for out in equation.outvars):
-      levels[index] = min((needed[v] for v in equation.outvars if v in needed), default=levels[index])
+      levels[index] = min(
+        (needed[v] for v in equation.outvars if v in needed), default=levels[index]
+      )
     for v in _variables(equation.invars):
       needed[v] = min(needed.get(v, levels[index]), levels[index])
   parts = []
@@ -85,7 +87,7 @@ def _connected(equations: list[core.JaxprEqn]) -> list[list[core.JaxprEqn]]:
 def _program(
   part: list[core.JaxprEqn], whole: core.Jaxpr
 ) -> tuple[core.ClosedJaxpr, list[core.Var], list[core.Var]]:
-  """A part as a program of its own: with what it reads, and what others or the caller read of it."""
+  """A part as a program of its own, what it reads, and what is read of it elsewhere."""
   inside = {id(equation) for equation in part}
   made = dict.fromkeys(out for equation in part for out in equation.outvars)
   read = dict.fromkeys(v for equation in part for v in _variables(equation.invars))
@@ -94,7 +96,7 @@ def _program(
   wanted |= set(_variables(whole.outvars))
   outputs = [v for v in made if v in wanted]
   effects = frozenset().union(*(equation.effects for equation in part))
-  jaxpr = core.Jaxpr((), inputs, outputs, part, effects, debug_info=None)
+  jaxpr = core.Jaxpr((), inputs, outputs, part, effects, whole.debug_info.with_unknown_names())
   return core.ClosedJaxpr(jaxpr, ()), inputs, outputs
 
 
