@@ -6,6 +6,7 @@ parameter) and calls one shared function for all parts that are the same. Nothin
 otherwise than before. Not here: what is computed.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,6 +24,9 @@ def outline(function: Callable[..., Any]) -> Callable[..., Any]:
   def outlined(*arguments):
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
     leaves = jax.tree.leaves(arguments)
+    if any(equation.params.get("inline") for equation in closed.jaxpr.eqns):
+      # Newer versions of JAX keep such a call, of optax's for all parameters at once, as one.
+      closed = jax.make_jaxpr(functools.partial(_evaluate, closed))(*leaves)
     values = dict(zip(closed.jaxpr.invars, leaves, strict=True))
     values |= zip(closed.jaxpr.constvars, closed.consts, strict=True)
     shared: dict[str, Callable[..., Any]] = {}
@@ -44,6 +48,25 @@ def outline(function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.tree.unflatten(jax.tree.structure(shape), results)
 
   return outlined
+
+
+def _evaluate(closed: core.ClosedJaxpr, *values: Any) -> list[Any]:
+  """Runs a program, the calls that are to be inlined as if they were written out."""
+  known = dict(zip(closed.jaxpr.invars, values, strict=True))
+  known |= zip(closed.jaxpr.constvars, closed.consts, strict=True)
+
+  def read(atom):
+    return atom.val if isinstance(atom, core.Literal) else known[atom]
+
+  for equation in closed.jaxpr.eqns:
+    if equation.params.get("inline"):
+      outputs = equation.outvars
+      made = _evaluate(equation.params["jaxpr"], *map(read, equation.invars))
+    else:
+      program, inputs, outputs = _program([equation], closed.jaxpr)
+      made = core.jaxpr_as_fun(program)(*map(read, inputs))
+    known |= zip(outputs, made, strict=True)
+  return [read(atom) for atom in closed.jaxpr.outvars]
 
 
 def _parts(jaxpr: core.Jaxpr) -> list[list[core.JaxprEqn]]:
