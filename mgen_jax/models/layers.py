@@ -110,6 +110,7 @@ class MLP(nn.Module):
   use_bias: bool = False
   dtype: str = "float32"
   activation_axes: tuple[str, ...] = ("batch", "tokens", "act_mlp")
+  kernel_init: Initializer = fan_in_init
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -118,7 +119,7 @@ class MLP(nn.Module):
       raise ValueError(f"unknown activation {self.activation!r}: use one of {sorted(functions)}")
 
     def dense(features, axes, name):
-      return Dense(features, axes, use_bias=self.use_bias, dtype=self.dtype, name=name)
+      return Dense(features, axes, self.use_bias, self.dtype, self.kernel_init, name=name)
 
     def project(name):
       return checkpoint_name(dense(self.hidden, ("embed", "mlp"), name)(x), "mlp_projection")
