@@ -278,6 +278,10 @@ class TextToVideo:
     """Captions -> int32 tokens [B, S]; raises UserError where the model reads features."""
     return self._text.tokenize(prompts)
 
+  def conditions(self, prompts: list[str]) -> dict[str, np.ndarray]:
+    """Captions as entries of a batch to sample; raises UserError where they cannot be read."""
+    return {"tokens": self.tokenize(prompts)}
+
   def prepare(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
     """A record {"latents", "caption", ...} -> one row of the batch."""
     return {

@@ -16,19 +16,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from mgen_jax.errors import UserError
 from mgen_jax.models import latte
 from mgen_jax.models.latte import LatteConfig
+from mgen_jax.weights.files import WeightsError
 
 Flat = Mapping[str, np.ndarray]
 Tree = dict[str, Any]
 
 # Computed, not learned: in the files of others, and checked rather than read.
 _FIXED = ("pos_embed", "temp_embed", "pos_embed.pos_embed", "temp_pos_embed")
-
-
-class WeightsError(UserError):
-  """Weights that are not those of the model they are given to."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -386,3 +382,25 @@ def _unstack(params: Tree, config: LatteConfig) -> list[Tree]:
   kinds = ("spatial", "temporal")
   pairs = range(config.layers // 2)
   return [pick(params["pairs"][kind], index) for index in pairs for kind in kinds]
+
+
+def start_from(flat: Flat, config: LatteConfig, fresh: Tree) -> Tree:
+  """Parameters of a model that starts from whatever `flat` is: Latte, DiT, PixArt.
+
+  Raises:
+    WeightsError: none of these, or of another size or variant.
+  """
+  names = {name.removeprefix("module.") for name in flat}
+  if "temporal_transformer_blocks.0.scale_shift_table" in names:
+    return from_text_latte(flat, config)
+  if "transformer_blocks.0.scale_shift_table" in names:
+    return from_pixart(flat, config, fresh)
+  if "temp_embed" in names:
+    return from_latte(flat, config)
+  if "x_embedder.proj.weight" in names:
+    return from_dit(flat, config, fresh)
+  few = ", ".join(sorted(names)[:3])
+  raise WeightsError(
+    f"these weights ({len(names)} arrays, like {few}) are neither Latte, DiT nor PixArt in the "
+    "names of their released files or of diffusers."
+  )
