@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from mgen_jax.parallel import mesh as mesh_lib
+
 Array = jax.Array
 Initializer = Callable[..., Array]
 
@@ -25,6 +27,20 @@ fan_in_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal"
 def partitioned(init: Initializer, *names: str | None) -> Initializer:
   """The initializer with logical axis names, one for each dimension of the parameter."""
   return nn.with_logical_partitioning(init, names)
+
+
+def multiply(x: Array, kernel: Array) -> Array:
+  """The matrix product [..., d_in] @ [d_in, d_out] -> [..., d_out].
+
+  On a CPU the leading dimensions are made one first. XLA else writes the gradient of the kernel,
+  which sums over all of them, as a transposed copy of whatever comes before it, element by
+  element: a training step of the toy backbone takes 1.3 times as long. Elsewhere, and where tokens
+  are split over devices, which no merged dimension could express, they stay as they are.
+  """
+  if mesh_lib.platform() != "cpu" or mesh_lib.shards("context", "tensor") > 1:
+    return x @ kernel
+  out = x.reshape(-1, x.shape[-1]) @ kernel
+  return out.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class Dense(nn.Module):
@@ -44,7 +60,7 @@ class Dense(nn.Module):
     kernel = self.param(
       "kernel", partitioned(self.kernel_init, *self.axes), (x.shape[-1], self.features)
     )
-    x = x.astype(self.dtype) @ kernel.astype(self.dtype)
+    x = multiply(x.astype(self.dtype), kernel.astype(self.dtype))
     if self.use_bias:
       bias = self.param("bias", partitioned(nn.initializers.zeros, self.axes[1]), (self.features,))
       x = x + bias.astype(self.dtype)
@@ -200,7 +216,7 @@ def convolve(
     for j in range(k_w)
   ]
   patches = taps[0] if len(taps) == 1 else jnp.concatenate(taps, -1)
-  out = patches @ kernel.reshape(-1, kernel.shape[-1])
+  out = multiply(patches, kernel.reshape(-1, kernel.shape[-1]))
   return out.reshape(*lead, *out.shape[1:])
 
 

@@ -102,6 +102,12 @@ def platform() -> str:
   return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
+def shards(*axes: str) -> int:
+  """Into how many parts the mesh in use splits what lies over `axes`; 1 without a mesh."""
+  mesh = _current.get()
+  return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
+
+
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
   """Into how many parts a batch is split: the global batch must be a multiple of it."""
   return math.prod(mesh.shape[axis] for axis in rules.BATCH_AXES)
