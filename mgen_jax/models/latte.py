@@ -333,17 +333,17 @@ class Latte(nn.Module):
       return stack(cfg, name=name, **fields)(carry, first.astype(jnp.float32), condition)[0]
 
     if cfg.variant == 1:
-      return run(blocks.Pair, "pairs", cfg.layers // 2, carry, True, images=images)[0]
+      return run(blocks.Pair, "layers", cfg.layers // 2, carry, True, images=images)[0]
     if cfg.variant in (3, 4):
       kind = "both" if cfg.variant == 3 else "parallel"
       return run(blocks.One, "layers", cfg.layers, carry, True, kind=kind, images=images)[0]
     half = cfg.layers // 2
-    x, tokens = run(blocks.One, "spatial", half, carry, False, kind="spatial", images=images)
+    x, tokens = run(blocks.One, "spatial_layers", half, carry, False, kind="spatial", images=images)
     video, still = x[:, : x.shape[1] - images], x[:, x.shape[1] - images :]
     if condition.positions is not None:
       video = video + condition.positions[:, None].astype(video.dtype)
     carry = (video.swapaxes(1, 2), tokens)
-    video, _ = run(blocks.One, "temporal", half, carry, False, kind="temporal")
+    video, _ = run(blocks.One, "temporal_layers", half, carry, False, kind="temporal")
     video = video.swapaxes(1, 2)
     return jnp.concatenate([video, still], 1) if images else video
 

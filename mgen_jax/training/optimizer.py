@@ -62,14 +62,14 @@ def matrix_dimensions(params: Any) -> Any:
   """Which parameters are matrices, and along which axes, for Muon.
 
   Every leaf called "kernel": its last axis is the output, the others together are the input, and
-  in a stack of "layers" the first axis counts layers. Norms, biases and tables are none.
+  in a stack of layers ("layers", "spatial_layers") the first axis counts layers. Norms, biases and tables are none.
   """
 
   def one(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
     names = [getattr(entry, "key", None) for entry in path]
     if names[-1] != "kernel":
       return None
-    first = 1 if "layers" in names else 0
+    first = 1 if any(str(name).endswith("layers") for name in names) else 0
     return optax.contrib.MuonDimensionNumbers(tuple(range(first, leaf.ndim - 1)), leaf.ndim - 1)
 
   return jax.tree_util.tree_map_with_path(one, params)

@@ -360,12 +360,11 @@ def _write_patches(writer: dict, name: str, params: Tree, config: LatteConfig) -
 def _stacks(blocks: list[Tree], config: LatteConfig) -> Tree:
   """Blocks in order -> the stacks that the layers are scanned over."""
   if config.variant == 1:
-    pairs = {"spatial": _stack(blocks[0::2]), "temporal": _stack(blocks[1::2])}
-    return {"pairs": pairs}
+    return {"layers": {"spatial": _stack(blocks[0::2]), "temporal": _stack(blocks[1::2])}}
   half = config.layers // 2
   return {
-    "spatial": {"block": _stack(blocks[:half])},
-    "temporal": {"block": _stack(blocks[half:])},
+    "spatial_layers": {"block": _stack(blocks[:half])},
+    "temporal_layers": {"block": _stack(blocks[half:])},
   }
 
 
@@ -381,7 +380,7 @@ def _unstack(params: Tree, config: LatteConfig) -> list[Tree]:
 
   kinds = ("spatial", "temporal")
   pairs = range(config.layers // 2)
-  return [pick(params["pairs"][kind], index) for index in pairs for kind in kinds]
+  return [pick(params["layers"][kind], index) for index in pairs for kind in kinds]
 
 
 def start_from(flat: Flat, config: LatteConfig, fresh: Tree) -> Tree:
