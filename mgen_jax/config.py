@@ -67,9 +67,13 @@ class OptimizerConfig:
   eps: float = 1e-8
   weight_decay: float = 0.0  # decoupled; for matrices only (not norms, biases, tables of vectors)
   clip_norm: float = 1.0  # global norm of the gradient; 0 switches clipping off
+  clip_from: int = 0  # the first step whose gradient is clipped
 
   def __post_init__(self):
-    for name in ("lr", "muon_lr", "warmup_steps", "end_factor", "eps", "weight_decay", "clip_norm"):
+    for name in (
+      *("lr", "muon_lr", "warmup_steps", "end_factor", "eps", "weight_decay"),
+      *("clip_norm", "clip_from"),
+    ):
       if getattr(self, name) < 0:
         raise ConfigError(f"{name} is {getattr(self, name)}: it cannot be negative.")
     for name in ("b1", "b2"):

@@ -21,8 +21,8 @@ def main(argv: Sequence[str]) -> None:
   for name in ("name", "source", "out"):
     if values[name].value is None:
       raise UserError(f"--{name} is missing (see --help).")
-  if values.windows_per_clip < 1 or values.size < 1:
-    raise UserError("--windows_per_clip and --size must be 1 or more.")
+  if min(values.windows_per_clip, values.size, values.interval) < 1:
+    raise UserError("--windows_per_clip, --size and --interval must be 1 or more.")
   counts = folder.write(
     values.name,
     values.source,
@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> None:
     size=values.size,
     windows_per_clip=values.windows_per_clip,
     seed=values.seed,
+    interval=values.interval,
   )
   print(
     f"{counts['windows']} windows of {counts['clips']} clips ({counts['too_short']} too short), "
@@ -43,5 +44,6 @@ if __name__ == "__main__":
   flags.DEFINE_string("out", None, "Folder to write to; an experiment's data.videos.")
   flags.DEFINE_integer("size", 256, "Height and width in pixels.")
   flags.DEFINE_integer("windows_per_clip", 8, "Random windows of 16 frames of each clip.")
+  flags.DEFINE_integer("interval", 3, "Between frames; an ablation of the paper changes it.")
   flags.DEFINE_integer("seed", 0, "Of the windows.")
   cli.run(main)

@@ -21,6 +21,7 @@ def write(
   size: int = 256,
   windows_per_clip: int = 8,
   seed: int = 0,
+  interval: int = windows.INTERVAL,
 ) -> dict[str, int]:
   """Prepares a data set.
 
@@ -36,6 +37,7 @@ def write(
     windows_per_clip: random windows of each clip. The released loaders draw a new one in every
       epoch; here they are drawn once.
     seed: of the windows.
+    interval: between frames (the paper's ablation; its own is 3).
 
   Returns:
     {"clips", "windows", "too_short", "classes"}: counts.
@@ -51,7 +53,7 @@ def write(
   for number, clip in enumerate(clips):
     made = 0
     for index, video in enumerate(
-      windows.windows(clip, layout, count=windows_per_clip, size=size, seed=seed)
+      windows.windows(clip, layout, count=windows_per_clip, size=size, seed=seed, interval=interval)
     ):
       made += 1
       path = out / f"{clip.id}_{index}.mp4"
@@ -65,8 +67,8 @@ def write(
       logging.info("%d of %d clips", number + 1, len(clips))
   if not lines:
     raise UserError(
-      f"--source={source}: none of its {len(clips)} clips has the {layout.minimum} frames that a "
-      "window needs."
+      f"--source={source}: none of its {len(clips)} clips has the "
+      f"{windows.FRAMES * interval + layout.spare} frames that a window needs."
     )
   names = layouts.classes(clips)
   write_text_atomic(out / "classes.json", json.dumps(names, indent=1) + "\n")

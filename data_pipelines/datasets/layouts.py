@@ -17,7 +17,6 @@ from mgen_jax.errors import ConfigError, UserError
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 IMAGES = (".jpg", ".jpeg", ".png")
-WINDOW = 48  # frames that 16 frames at interval 3 span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Layout:
       video files do; otherwise every third frame is taken, as those of frame folders do.
     flip: whether half of the windows are flipped left to right.
     resize: "short_side" (then the centre), "square" (the centre, then resized) or "none".
-    minimum: frames that a clip must have.
+    spare: frames that a clip must have beyond those of a window.
   """
 
   name: str
@@ -54,7 +53,7 @@ class Layout:
   spread: bool
   flip: bool
   resize: str
-  minimum: int = WINDOW
+  spare: int = 0
   classes: bool = False
 
 
@@ -140,7 +139,7 @@ LAYOUTS = {
     Layout("ucf101", "UCF101", _class_folders, True, True, "short_side", classes=True),
     Layout(
       "sky_timelapse", "SkyTimelapse", _frame_folders("sky_timelapse"), False, False, "square",
-      minimum=WINDOW + 1,
+      spare=1,
     ),
     Layout("taichi_hd", "Taichi-HD", _frame_folders("taichi_hd"), False, True, "none"),
   )

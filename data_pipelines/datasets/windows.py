@@ -121,15 +121,16 @@ def _bilinear(video: np.ndarray, height: int, width: int, step: float) -> np.nda
 
 
 def windows(
-  clip: SourceClip, layout: Layout, *, count: int, size: int, seed: int
+  clip: SourceClip, layout: Layout, *, count: int, size: int, seed: int, interval: int = INTERVAL
 ) -> Iterator[np.ndarray]:
   """`count` random windows of a clip: uint8 [16, size, size, 3]; none if it is too short."""
   total = count_frames(clip)
-  if total < layout.minimum:
+  if total < FRAMES * interval + layout.spare:
     return
   for number in range(count):
     rng = generator(seed, clip.id, number)
-    video = resize(read(clip, indices(total, rng, spread=layout.spread)), size, layout.resize)
+    chosen = indices(total, rng, spread=layout.spread, interval=interval)
+    video = resize(read(clip, chosen), size, layout.resize)
     if layout.flip and rng.random() < 0.5:
       video = video[:, :, ::-1]
     yield np.ascontiguousarray(video)

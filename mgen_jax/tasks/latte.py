@@ -372,7 +372,7 @@ class Latte:
     )
 
   def prepare(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
-    """A record {"latents", "caption", ...}, with "images" (more records) -> one row of the batch."""
+    """A record {"latents", "caption", ...}, and perhaps "images" -> one row of the batch."""
     row = {"latents": np.asarray(example["latents"], np.float32), **self._condition(example)}
     if "images" in example:
       still = [self.prepare(image) for image in example["images"]]
