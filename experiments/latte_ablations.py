@@ -65,11 +65,17 @@ def get_config(arms="v1"):
         "buckets": {f"b{IMAGE}": {"batch": 64}},
         "optimizer": {"lr": 1e-4, "warmup_steps": 1000},
       },
-      "encode": {"kind": "encode", "buckets": (IMAGE, CLIP), "batch": 8},
+      "encode": {
+        "kind": "encode",
+        "buckets": (IMAGE, CLIP),
+        "batch": 8,
+        "latent_scale": 0.18215,
+      },  # fmt: skip
       "latte": {
         **train,
         "task": {"name": "latte", "model": model},
         "latents": "encode",
+        "posterior": "sample",
         "init_weights": weights,
         "steps": 150_000,
         "buckets": {f"b{CLIP}": {"batch": 40}},

@@ -45,7 +45,12 @@ def get_config():
         "buckets": {f"b{IMAGE}": {"batch": 128}},
         "optimizer": {"lr": 1e-4, "warmup_steps": 1000},
       },
-      "encode": {"kind": "encode", "buckets": (IMAGE, CLIP), "batch": 8},
+      "encode": {
+        "kind": "encode",
+        "buckets": (IMAGE, CLIP),
+        "batch": 8,
+        "latent_scale": 0.18215,
+      },  # fmt: skip
       "latte": {
         **train,
         "task": {
@@ -56,6 +61,7 @@ def get_config():
           "sampler": {"method": "ddim", "num_steps": 50, "guidance": 7.5},
         },
         "latents": "encode",
+        "posterior": "sample",
         "steps": 300_000,
         "buckets": {f"b{CLIP}": {"batch": 128}},
         "optimizer": {"lr": 1e-4, "b2": 0.999, "clip_norm": 0.1, "warmup_steps": 1000},

@@ -10,11 +10,12 @@ Hardware: 8 devices with 80 GB (the paper's: A100, about a week), global batch 4
 accumulate=8, or 8 of 16 GB with remat "full" as it is (plans: docs/planning.md). Not run with this
 code. Behind the colon: video, or joint with 8 images beside each of 32 clips.
 
-As released: AdamW at 1e-4 without decay, gradients clipped at norm 0.1 from step 20,000 on,
-EMA 0.9999, 250 steps of DDPM. Ours: bf16
-compute (they: fp32 with TF32), channels of the latents normalised each (they: all by 0.18215). The
-released autoencoder is Stable Diffusion's; here one of its architecture is trained first. To start
-from DiT as the paper's ablation does, set stages.latte.init_weights to its safetensors file.
+As released: AdamW at 1e-4 without decay, gradients clipped at norm 0.1 from step 20,000 on, EMA
+0.9999, latents drawn from their distribution and multiplied by 0.18215, 250 steps of DDPM. Ours:
+bf16 compute (they: fp32 with TF32), windows of 16 frames drawn once and not anew in every epoch.
+The released autoencoder is Stable Diffusion's; here one of its architecture is trained first. To
+start from DiT, as in the paper's ablation, or from a released Latte, set stages.latte.init_weights
+to a safetensors file.
 """
 
 from mgen_jax import config
@@ -46,7 +47,9 @@ def get_config(kind="video"):
         "buckets": {f"b{IMAGE}": {"batch": 64}},
         "optimizer": {"lr": 1e-4, "warmup_steps": 1000},
       },
-      "encode": {"kind": "encode", "buckets": (IMAGE, CLIP), "batch": 8},
+      "encode": {
+        "kind": "encode", "buckets": (IMAGE, CLIP), "batch": 8, "latent_scale": 0.18215,
+      },
       "latte": {
         **train,
         "task": {
@@ -56,6 +59,7 @@ def get_config(kind="video"):
           "sampler": {"method": "ddpm", "num_steps": 250},
         },
         "latents": "encode",
+        "posterior": "sample",
         "steps": 1_000_000,
         "buckets": {f"b{CLIP}": {"batch": 32 if joint else 40}},
         "optimizer": {

@@ -106,6 +106,9 @@ class EncodeStage:
   buckets: tuple[str, ...] = ()
   batch: int = 16
   shard_examples: int = 512  # records of one file
+  # Latents are multiplied by it when they are read (Stable Diffusion's: 0.18215). None: each channel
+  # is brought to mean 0 and std 1.
+  latent_scale: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +122,7 @@ class TrainStage:
   buckets: dict[str, BucketConfig] = dataclasses.field(default_factory=dict)
   images_from_videos: bool = True  # frames of videos fill image buckets as well
   latents: str | None = None  # the encode stage whose latents are read; None: media, decoded
+  posterior: Literal["mean", "sample"] = "mean"  # of the autoencoder's distribution of latents
   init_from: str | None = None  # the stage whose averaged parameters this one starts from
   init_weights: str | None = None  # or a safetensors file of others (Latte: DiT, PixArt, Latte)
   optimizer: OptimizerConfig = OptimizerConfig()

@@ -29,18 +29,22 @@ class Prepare:
 
   task: Task
   latents: Mapping[str, Any] | None = None  # {"mean": [C], "std": [C], ...}
+  sample: bool = False  # draw latents from their distribution, where something is drawn at all
 
   def __call__(self, example: dict[str, Any], rng: np.random.Generator | None) -> dict[str, Any]:
-    del rng
     if self.latents is not None:
-      example = self._normalised(example)
+      example = self._normalised(example, rng)
     return self.task.prepare(example)
 
-  def _normalised(self, example: dict[str, Any]) -> dict[str, Any]:
+  def _normalised(self, example: dict[str, Any], rng: np.random.Generator | None) -> dict[str, Any]:
     mean, std = (np.asarray(self.latents[key], np.float32) for key in ("mean", "std"))
-    made = {**example, "latents": (example["mean"].astype(np.float32) - mean) / std}
+    latents = example["mean"].astype(np.float32)
+    if self.sample and rng is not None:
+      spread = np.exp(0.5 * example["logvar"].astype(np.float32))
+      latents = latents + spread * rng.standard_normal(latents.shape, np.float32)
+    made = {**example, "latents": (latents - mean) / std}
     if "images" in example:  # of a JointSource
-      made["images"] = [self._normalised(image) for image in example["images"]]
+      made["images"] = [self._normalised(image, rng) for image in example["images"]]
     return made
 
 
@@ -62,7 +66,7 @@ def make_stream(work: Workdir, name: str, task: Task) -> tuple[loop.Stream, dict
     "process_index": jax.process_index(),
     "process_count": jax.process_count(),
     "threads": stage.threads,
-    "transform": Prepare(task, latents),
+    "transform": Prepare(task, latents, stage.posterior == "sample"),
   }
 
   def start(step: int) -> pipeline.Stream:
