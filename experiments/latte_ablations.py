@@ -70,7 +70,7 @@ def get_config(arms="v1"):
         "buckets": (IMAGE, CLIP),
         "batch": 8,
         "latent_scale": 0.18215,
-      },  # fmt: skip
+      },
       "latte": {
         **train,
         "task": {"name": "latte", "model": model},

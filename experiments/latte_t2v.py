@@ -50,7 +50,7 @@ def get_config():
         "buckets": (IMAGE, CLIP),
         "batch": 8,
         "latent_scale": 0.18215,
-      },  # fmt: skip
+      },
       "latte": {
         **train,
         "task": {

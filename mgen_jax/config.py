@@ -106,8 +106,8 @@ class EncodeStage:
   buckets: tuple[str, ...] = ()
   batch: int = 16
   shard_examples: int = 512  # records of one file
-  # Latents are multiplied by it when they are read (Stable Diffusion's: 0.18215). None: each channel
-  # is brought to mean 0 and std 1.
+  # Latents are multiplied by it when they are read (Stable Diffusion's: 0.18215). None: each
+  # channel is brought to mean 0 and std 1.
   latent_scale: float | None = None
 
 
