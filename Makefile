@@ -6,16 +6,21 @@ PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 GOAL := $(firstword $(MAKECMDGOALS))
-RUN := $(VENV)/bin/python -m
+RUN = $(VENV)/bin/python -m
+COMMA := ,
 
-.PHONY: help quickstart test lint format clean
+# The compilers for TPUs and GPUs stay out of the other targets' way: libtpu makes every start slow.
+plans: VENV := .venv-plans
+
+.PHONY: help quickstart test lint format plans clean
 
 help:
 	@echo 'make quickstart   train on a small world of moving shapes and open videos made from text (minutes, no GPU)'
 	@echo 'make test         lint, then every test (CPU only)'
 	@echo 'make lint         ruff: mistakes, import order, formatting; changes nothing'
 	@echo 'make format       ruff: put imports and formatting right'
-	@echo 'make clean        remove .venv and caches; your runs/ stay'
+	@echo 'make plans        compile the checked-in plans of the 30B again (6 GB of TPU and GPU compilers, half an hour)'
+	@echo 'make clean        remove .venv, .venv-plans and caches; your runs/ stay'
 	@echo
 	@echo 'PYTHON=python3.12 chooses the Python;  ARGS="..." is handed to the run or to pytest.'
 
@@ -36,8 +41,13 @@ format:
 	$(RUN) ruff check --fix
 	$(RUN) ruff format
 
+plans:
+	@echo 'The plans need libtpu and XLA for CUDA, 6 GB, in $(VENV); no TPU and no GPU.'
+	@$(call install,[tpu$(COMMA)cuda])
+	$(VENV)/bin/python plans/regenerate.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-plans build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call install,EXTRA): .venv holds mgen_jax with that extra, as pyproject.toml and the pins ask.

@@ -117,7 +117,13 @@ def _generator(max_positions, growth="interpolate"):
     "caption_dropout": 0.1,  # ours
     "time_mean": 0.0,  # t = sigmoid(z), z ~ N(0, 1)
     "time_std": 1.0,
-    "sampler": {"num_steps": 50, "grid": "linear_quadratic", "linear_steps": 250, "guidance": 7.5},
+    "sampler": {
+      "num_steps": 50,
+      "grid": "linear_quadratic",
+      "linear_steps": 250,
+      "guidance": 7.5,
+      "dtype": "bfloat16",
+    },
   }
 
 

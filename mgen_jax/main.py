@@ -7,7 +7,8 @@
 A finished stage is skipped and an interrupted one continues where it was, so after any
 interruption the same command goes on. For several hosts, start the same command on each: on a
 cluster that JAX knows with --distributed, elsewhere with --coordinator, --num_processes and
---process_id.
+--process_id. On accelerators compiled programs are kept in WORKDIR/compiled, so that a run that
+starts again does not compile again (--compilation_cache).
 """
 
 import time
@@ -18,7 +19,7 @@ from absl import flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from mgen_jax import cli, encode, evaluate, ingest, schema
+from mgen_jax import cli, compilation_cache, encode, evaluate, ingest, schema
 from mgen_jax import config as config_lib
 from mgen_jax.errors import UserError
 from mgen_jax.training import runner
@@ -31,6 +32,11 @@ _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several hosts, fo
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which, from 0.")
+_CACHE = flags.DEFINE_string(
+  "compilation_cache",
+  "auto",
+  'Folder of compiled programs; "off", or "auto": WORKDIR/compiled but on a CPU.',
+)
 
 RUNNERS = {
   "ingest": ingest.run,
@@ -56,6 +62,11 @@ def main(argv: Sequence[str]) -> None:
     jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   config_lib.check_devices(experiment, jax.device_count(), jax.process_count(), stages)
   work = Workdir.create(_WORKDIR.value or f"runs/{experiment.name}", experiment)
+  if _CACHE.value == "off":
+    jax.config.update("jax_enable_compilation_cache", False)
+  kept = compilation_cache.choose(_CACHE.value, work.root, jax.default_backend())
+  if kept is not None:
+    compilation_cache.enable(kept)
   logging.info(
     "%s in %s on %d x %s", experiment.name, work.root, jax.device_count(), jax.devices()[0]
   )

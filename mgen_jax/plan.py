@@ -3,13 +3,15 @@
   python -m mgen_jax.plan --config=experiments/t2v_30b.py --stage=t2v_768_cp2 --topology=v5p:8x8x8
   python -m mgen_jax.plan ... --topology=h100:768x8 --out=plans/h100.json
   python -m mgen_jax.plan ... --topology=v6e:16x16 --search --config.stages.t2v.accumulate=2
+  python -m mgen_jax.plan ... --topology=h100:1x8 --what=sample --bucket=256x768x768 --search
   python -m mgen_jax.plan ... --topology=v5p:8x8x8 --compare=plans/h100.json
   python -m mgen_jax.plan --compare=plans/a.json,plans/b.json
 
-The step that training would run is compiled for that hardware, from shapes alone; neither a TPU nor
-a GPU is needed, but their compiler is: pip install -e .[tpu] or .[cuda]. Topologies: chips along
-the torus (v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4), nodes x GPUs (h100:768x8, h200:16x8,
-b200:16x8), or devices simulated on the CPU (cpu:8). See docs/planning.md.
+The step that training would run (or, with --what=sample, the denoising of a batch of samples with
+guidance) is compiled for that hardware, from shapes alone; neither a TPU nor a GPU is needed, but
+their compiler is: pip install -e .[tpu] or .[cuda]. Topologies: chips along the torus (v5e:16x16,
+v5p:8x8x8, v6e:16x16, tpu7x:4x4x4), nodes x GPUs (h100:768x8, h200:16x8, b200:16x8), or devices
+simulated on the CPU (cpu:8). See docs/planning.md.
 """
 
 import json
@@ -30,7 +32,8 @@ from mgen_jax.config import Experiment, TrainStage
 from mgen_jax.data.buckets import Bucket, parse_bucket
 from mgen_jax.data.files import write_text_atomic
 from mgen_jax.errors import UserError
-from mgen_jax.planning import planner, report, topologies
+from mgen_jax.parallel import mesh as mesh_lib
+from mgen_jax.planning import planner, report, sampling, topologies
 from mgen_jax.planning import search as search_lib
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment.")
@@ -46,6 +49,15 @@ _SEARCH = flags.DEFINE_bool("search", False, "Try meshes, remat policies and acc
 _TRIES = flags.DEFINE_integer("tries", 6, "With --search: how many choices to compile.", 1)
 _COMPARE = flags.DEFINE_string(
   "compare", None, "A saved plan to compare with; two, with a comma, are compared as they are."
+)
+_WHAT = flags.DEFINE_enum(
+  "what", "train", ["train", "sample"], "The train step, or drawing samples with the model."
+)
+_MESH = flags.DEFINE_string(
+  "mesh", None, "With --what=sample: like context=4,tensor=2; default: a sample a device."
+)
+_SAMPLES = flags.DEFINE_integer(
+  "samples", None, "With --what=sample: drawn at a time; default: as few as the mesh divides."
 )
 _OUT = flags.DEFINE_string("out", None, "Save FILE.json, FILE.txt and FILE.png here.")
 
@@ -65,34 +77,52 @@ def main(argv: Sequence[str]) -> None:
   if _TOPOLOGY.value is None:
     known = ", ".join(topologies.EXAMPLES.values())
     raise UserError(f"--topology is missing: name the hardware, like one of {known}.")
+  wanted = None
+  if _WHAT.value == "sample":
+    mesh = None if _MESH.value is None else mesh_lib.parse(_MESH.value)
+    wanted = sampling.Sampling(mesh, _SAMPLES.value)
+  elif _MESH.value is not None or _SAMPLES.value is not None:
+    raise UserError(
+      "--mesh and --samples are of --what=sample: a stage's own are --config.stages.NAME.mesh.AXIS "
+      "and --config.stages.NAME.buckets.BUCKET.batch."
+    )
   topology = topologies.parse(_TOPOLOGY.value)
   experiment = config_lib.resolve(_CONFIG.value)
   name = pick_stage(experiment, _STAGE.value)
-  buckets = pick_buckets(experiment, name, _BUCKET.value, _ALL_BUCKETS.value)
+  if wanted is None:
+    buckets = pick_buckets(experiment, name, _BUCKET.value, _ALL_BUCKETS.value)
+  else:
+    buckets = pick_sample_buckets(experiment, name, _BUCKET.value, _ALL_BUCKETS.value)
 
   # The host itself only traces; it must not look for accelerators, nor give old compile times.
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_enable_compilation_cache", False)
   devices = topologies.devices(topology)
+  where = (experiment, name, buckets[0], topology, devices)
   plans = []
-  for bucket in buckets:
-    logging.info("compiling stage %s, bucket %s, for %s", name, bucket.name, topology.name)
-    plans.append(planner.make_plan(experiment, name, bucket, topology, devices))
+  for number, bucket in enumerate(buckets, start=1):
+    logging.info(
+      "compiling %s of stage %s, bucket %s (%d of %d), for %s",
+      *("the sampler" if wanted else "the step", name, bucket.name, number, len(buckets)),
+      topology.name,
+    )
+    if wanted is None:
+      plans.append(planner.make_plan(experiment, name, bucket, topology, devices))
+    else:
+      plans.append(planner.make_sample_plan(experiment, name, bucket, topology, devices, wanted))
   record = dict(max(plans, key=lambda plan: plan.memory.total).record)
   if len(plans) > 1:
     record["buckets"] = {plan.record["bucket"]: plan.record for plan in plans}
     record["fits"] = all(plan.fits for plan in plans)
   if _SEARCH.value:
-    trials = search_lib.search(
-      experiment, name, buckets[0], topology, devices, plans[0], _TRIES.value
-    )
+    if wanted is None:
+      trials = search_lib.search(*where, plans[0], _TRIES.value)
+    else:
+      trials = search_lib.search_sampling(*where, plans[0], wanted, _TRIES.value)
     record["search"] = [trial.record() for trial in trials]
 
   def draw(to: rich.console.Console) -> None:
-    for plan in plans:
-      report.show(plan.record, to)
-    if "search" in record:
-      report.show_search(record["search"], to)
+    report.show_all(record, to)
     for other in others:
       report.show_comparison(other, record, to)
 
@@ -140,6 +170,18 @@ def pick_buckets(experiment: Experiment, name: str, text: str | None, every: boo
       f"--bucket={text} is not a bucket of stage {name}: {schema.suggest(bucket.name, known)}"
     )
   return [bucket]
+
+
+def pick_sample_buckets(
+  experiment: Experiment, name: str, text: str | None, every: bool
+) -> list[Bucket]:
+  """The shapes to plan the sampling of, that with the most tokens first: those of the stage, or
+  any other one that is named."""
+  task = planner.compile_lib.train_task(experiment, name)
+  if text is not None:
+    return [parse_bucket(text.removeprefix("b"))]
+  ordered = sorted(experiment.stages[name].batches(), key=task.tokens, reverse=True)
+  return ordered if every else ordered[:1]
 
 
 def read_plan(path: str) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from mgen_jax.diffusion import gaussian, samplers
 from mgen_jax.errors import UserError
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel import rules
-from mgen_jax.tasks import GENERATORS, AutoencoderTask, Latte, TextToVideo
+from mgen_jax.tasks import GENERATORS, AutoencoderTask, Latte, TextToVideo, text_to_video
 from mgen_jax.tasks.latte import DiffusionSamplerConfig
 from mgen_jax.tasks.text_to_video import SamplerConfig
 from mgen_jax.training import runner
@@ -83,15 +83,18 @@ class Generator:
     self.trained = dict(trained)
     self.fps = fps
     self.mesh = mesh
-    # Over which devices the samples are split: not over replicas that share them for guidance.
-    self._axis = "batch" if mesh.shape["replica"] == 1 else "samples"
+    self._axis = text_to_video.sample_axis(mesh)
     self._mean = np.asarray(latents["mean"], np.float32)
     self._std = np.asarray(latents["std"], np.float32)
     self._programs: dict[tuple[Bucket, AnySampler], Callable] = {}
 
   @classmethod
   def load(
-    cls, work: Workdir, stage: str | None = None, devices: Sequence[jax.Device] | None = None
+    cls,
+    work: Workdir,
+    stage: str | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    mesh: mesh_lib.MeshConfig | None = None,
   ) -> "Generator":
     """Reads what a run has trained.
 
@@ -100,17 +103,18 @@ class Generator:
       stage: a train stage; the last finished one of text to video by default. One that is still
         being trained is read from its newest checkpoint.
       devices: of this process; all of them by default.
+      mesh: over them; `sampling_mesh` by default.
 
     Raises:
-      UserError: there is no such stage, or no checkpoint that can be used.
+      UserError: there is no such stage, no checkpoint that can be used, or a mesh that does not
+        fit the devices.
     """
     name = last_trained(work, *GENERATORS) if stage is None else _named_stage(work, stage)
     devices = devices or jax.local_devices()
-    sampler = work.experiment.stages[name].task.sampler
-    split = isinstance(sampler, SamplerConfig) and sampler.guidance_split == "mesh"
-    # With the branches of guidance on halves of the devices, two replicas of the model are needed.
-    replicas = 2 if split and len(devices) % 2 == 0 else 1
-    mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(replica=replicas), devices)
+    if mesh is None:
+      sampler = work.experiment.stages[name].task.sampler
+      mesh = text_to_video.sampling_mesh(sampler, len(devices))
+    mesh = mesh_lib.make_mesh(mesh, devices)
     with mesh_lib.use(mesh):
       task, params, meta = runner.load_trained(work, name, mesh)
       coder = config_lib.autoencoder_of(work.experiment, name)
@@ -430,6 +434,7 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_integer("samples", 1, "For each prompt, with seeds from --seed on.", **to)
   flags.DEFINE_string("aspect", None, "Width:height, like 5:3, one that was trained.", **to)
   flags.DEFINE_integer("frames", None, "Length, one that was trained; 1: an image.", **to)
+  flags.DEFINE_string("mesh", None, "Like context=4,tensor=2; default: a sample a device.", **to)
   define_sampler_flags(values)
 
 
@@ -454,7 +459,8 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   if values.aspect is not None:
     parse_aspect(values.aspect)
   sampler_from_flags(values, SamplerConfig())  # faults before the model is read
-  generator = Generator.load(work, values.stage)
+  mesh = None if values.mesh is None else mesh_lib.parse(values.mesh)
+  generator = Generator.load(work, values.stage, mesh=mesh)
   bucket = choose_bucket(generator.trained, values.frames, values.aspect)
   sampler = sampler_from_flags(values, generator.task.config.sampler)
   logging.info(

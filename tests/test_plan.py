@@ -32,7 +32,8 @@ def test_a_stage_is_planned_saved_and_compared(tmp_path):
   (tmp_path / "b.json").write_text(json.dumps({**first, "accumulate": 2}))
   again = run(f"--compare={tmp_path}/deep/a.json,{tmp_path}/b.json")
   assert again.returncode == 0, again.stderr
-  assert "Compared with the other plan" in again.stdout and "differs" in again.stdout
+  assert "accumulate" in again.stdout and "differs" in again.stdout
+  assert "The same in both: experiment tiny, what train, stage t2i" in again.stdout
 
 
 TINY = ("--config=tests/tiny.py", "--stage=t2v")
@@ -43,6 +44,14 @@ TINY = ("--config=tests/tiny.py", "--stage=t2v")
   [
     ([*TINY], ["--topology is missing", "v5p:8x8x8"]),
     ([*TINY, "--topology=v5pp:8x8x8"], ['did you mean "v5p:8x8x8"']),
+    (
+      [*TINY, "--topology=cpu:8", "--mesh=context=2"],
+      ["--mesh and --samples are of --what=sample", "config.stages.NAME.mesh"],
+    ),
+    (
+      [*TINY, "--topology=cpu:8", "--what=sample", "--bucket=8x32x480"],
+      ["--bucket=8x32x480", "max_positions[2]"],
+    ),
     ([*TINY, "--topology=cpu:6"], ["config.stages.t2v.buckets", "does not divide"]),
     (
       [*TINY, "--topology=cpu:8", "--config.stages.t2v.mesh.fsdp=3"],

@@ -15,6 +15,7 @@ from mgen_jax import sample
 from mgen_jax.data import media
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.errors import UserError
+from mgen_jax.parallel.mesh import MeshConfig
 from mgen_jax.tasks.text_to_video import SamplerConfig
 from mgen_jax.workdir import Workdir
 from tests import untrained
@@ -55,8 +56,8 @@ def command(work, generator, monkeypatch):
   """Runs the command in this process, with the generator that is loaded and compiled."""
   load = sample.Generator.load
 
-  def loaded(run, stage=None):
-    return load(run, stage) if stage or run.root != work.root else generator
+  def loaded(run, stage=None, mesh=None):
+    return load(run, stage, mesh=mesh) if stage or run.root != work.root else generator
 
   monkeypatch.setattr(sample.Generator, "load", loaded)
   return lambda *arguments: sample.main([], parse(*arguments))
@@ -99,6 +100,13 @@ def test_a_video_is_the_same_with_its_guidance_split_over_the_devices(work, buck
   split = Workdir(work.root, dataclasses.replace(work.experiment, stages=stages))
   wide = sample.Generator.load(split, devices=jax.devices()[:8])
   assert wide.mesh.shape["replica"] == 2
+  assert difference(wide.generate(PROMPTS, bucket, SEEDS), videos) <= 1
+
+
+def test_a_video_is_the_same_with_its_tokens_split_over_the_devices(work, bucket, videos):
+  mesh = MeshConfig(context=2, tensor=2)
+  wide = sample.Generator.load(work, devices=jax.devices()[:8], mesh=mesh)
+  assert wide.mesh.shape["fsdp"] == 2
   assert difference(wide.generate(PROMPTS, bucket, SEEDS), videos) <= 1
 
 

@@ -14,6 +14,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Sequence
 
 import flax.linen as nn
@@ -21,7 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
-from mgen_jax.errors import ConfigError
+from mgen_jax.errors import ConfigError, UserError
 from mgen_jax.parallel import rules
 
 AXES = ("replica", "fsdp", "context", "tensor")
@@ -61,6 +62,24 @@ class MeshConfig:
         f"or the others to a product that divides {devices} (for instance {nearest})."
       )
     return tuple(sizes)
+
+
+def parse(text: str, flag: str = "--mesh") -> MeshConfig:
+  """Reads "context=4,tensor=2": axes that are not named are 1, but fsdp takes what is left.
+
+  Raises:
+    UserError: it cannot be read; `flag` is where it came from.
+  """
+  sizes = {}
+  for part in filter(None, text.split(",")):
+    name, _, size = part.partition("=")
+    if name.strip() not in AXES or not re.fullmatch(r"-?[1-9]\d*", size.strip()):
+      raise UserError(
+        f'{flag}={text} cannot be read at "{part}": write sizes of {", ".join(AXES)}, like '
+        f"{flag}=context=4,tensor=2."
+      )
+    sizes[name.strip()] = int(size)
+  return MeshConfig(**sizes)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:

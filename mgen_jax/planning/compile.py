@@ -1,8 +1,9 @@
-"""Compiles the train step of a stage for a topology, from shapes alone: no array is ever made.
+"""Compiles a program for a topology, from shapes alone: no array is ever made.
 
-It is the step that the loop would run (`training.loop.make_program`): loss, gradients,
-accumulation, optimizer, EMA, donation, on the mesh of the stage for that number of devices.
-Not here: what the compiled program says (`hlo.py`) and how long it may take (`roofline.py`).
+`train_job` is the step that the loop would run (`training.loop.make_program`): loss, gradients,
+accumulation, optimizer, EMA, donation, on the mesh of the stage for that number of devices. Not
+here: what else can be planned (`sampling.py`), what the compiled program says (`hlo.py`) and how
+long it may take (`roofline.py`).
 """
 
 import dataclasses
@@ -52,8 +53,18 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
+class Job:
+  """What is to be compiled."""
+
+  mesh: jax.sharding.Mesh
+  program: Any  # jitted
+  arguments: tuple[Any, ...]  # trees of shapes with shardings
+  sizes: dict[str, int]  # bytes of one device by the parts of `Memory` that are arguments
+
+
+@dataclasses.dataclass(frozen=True)
 class Compiled:
-  """A train step, compiled or (`hlo` is None) found not to fit by the compiler itself."""
+  """A program, compiled or (`hlo` is None) found not to fit by the compiler itself."""
 
   mesh: jax.sharding.Mesh
   memory: Memory
@@ -64,10 +75,10 @@ class Compiled:
   compile_seconds: float
 
 
-def compile_step(
+def train_job(
   experiment: Experiment, name: str, bucket: Bucket, topology: Topology, devices: list[jax.Device]
-) -> Compiled:
-  """Lowers and compiles the step of stage `name` for one bucket.
+) -> Job:
+  """The step of stage `name` for one bucket.
 
   Args:
     experiment: resolved.
@@ -87,15 +98,20 @@ def compile_step(
   program = loop.make_program(task, stage, mesh, experiment.seed)
   state = state_lib.with_layout(program.shapes, program.layout)
   batch = loop.batch_shapes(task, {bucket: stage.batches()[bucket].batch}, mesh)[bucket]
+  sizes = state_bytes(state) | {"batch": tree_bytes(batch)}
+  return Job(mesh, program.train_step, (state, batch), sizes)
 
+
+def compile_job(job: Job, topology: Topology) -> Compiled:
+  """Lowers and compiles a program for the hardware of its mesh."""
   began = time.perf_counter()
-  with mesh_lib.use(mesh):
-    lowered = program.train_step.lower(state, batch)
+  with mesh_lib.use(job.mesh):
+    lowered = job.program.lower(*job.arguments)
   lines = lowered.as_text().count("\n")
   lowered_at = time.perf_counter()
   compiled, complaint = None, None
   try:
-    with mesh_lib.use(mesh):
+    with mesh_lib.use(job.mesh):
       options = _GPU_OPTIONS if topology.chip.platform == "gpu" else None
       compiled = lowered.compile(compiler_options=options)
   except jax.errors.JaxRuntimeError as error:
@@ -103,13 +119,12 @@ def compile_step(
     if "RESOURCE_EXHAUSTED" not in complaint:
       raise
   ended = time.perf_counter()
-  sizes = state_bytes(state) | {"batch": tree_bytes(batch)}
   if compiled is None:
-    memory = _complained(sizes, complaint)
+    memory = _complained(job.sizes, complaint)
   else:
-    memory = _measured(sizes, compiled.memory_analysis(), topology.chip.platform)
+    memory = _measured(job.sizes, compiled.memory_analysis(), topology.chip.platform)
   return Compiled(
-    mesh,
+    job.mesh,
     memory,
     compiled.as_text() if compiled else None,
     complaint,

@@ -1,4 +1,4 @@
-"""A plan: one bucket of one stage on one topology, compiled, read and weighed.
+"""A plan: one bucket of one stage on one topology, trained or sampled, compiled, read and weighed.
 
 Joins the parts of this package into one record that is saved as JSON. Not here: flags and files
 (`mgen_jax/plan.py`), how a plan is shown (`report.py`).
@@ -13,7 +13,7 @@ from mgen_jax.config import Experiment, TrainStage
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.planning import compile as compile_lib
 from mgen_jax.planning import costs as costs_lib
-from mgen_jax.planning import estimate, hlo
+from mgen_jax.planning import estimate, hlo, sampling
 from mgen_jax.planning import roofline as roofline_lib
 from mgen_jax.planning.chips import GIB
 from mgen_jax.planning.topologies import Topology
@@ -55,47 +55,105 @@ def make_plan(
   """
   stage: TrainStage = experiment.stages[name]
   task = compile_lib.train_task(experiment, name)
-  compiled = compile_lib.compile_step(experiment, name, bucket, topology, devices)
+  job = compile_lib.train_job(experiment, name, bucket, topology, devices)
   batch = stage.batches()[bucket].batch
-  model_flops = batch * float(task.flops(bucket))
-  costs = None
-  if compiled.hlo is not None:
-    costs = costs_lib.costs_of(hlo.parse(compiled.hlo), dict(compiled.mesh.shape))
-  roof = _roofline(costs, topology, compiled, model_flops)
-  limit = memory_limit(topology)
-  fits = compiled.complaint is None and compiled.memory.total <= limit
   here = estimate.current(stage, topology.size)
-  changes = []
-  if not fits and advise:
-    estimator = estimate.Estimator(experiment, name, bucket, topology, compiled.memory, roof.bound)
-    changes = [
+  about = {
+    "experiment": experiment.name,
+    "what": "train",
+    "stage": name,
+    "bucket": bucket.name,
+    "remat": here.remat,
+    "accumulate": here.accumulate,
+    "batch": batch,
+    "tokens": task.tokens(bucket),
+  }
+  plan = _weigh(about, _by_part(task, bucket, batch), job, topology)
+  if not plan.fits and advise:
+    bound = plan.record["step_seconds_bound"]
+    estimator = estimate.Estimator(experiment, name, bucket, topology, plan.memory, bound)
+    plan.record["changes"] = [
       {
         "change": str(choice),
         "flags": choice.flags(name, here),
         "estimated_total_gib": memory.total / GIB,
         "estimated_host_gib": memory.host / GIB,
       }
-      for choice, memory in estimate.advice(estimator, stage, bucket, topology, limit)
+      for choice, memory in estimate.advice(
+        estimator, stage, bucket, topology, memory_limit(topology)
+      )
     ]
-  memory = compiled.memory
-  record = {
+  return plan
+
+
+def make_sample_plan(
+  experiment: Experiment,
+  name: str,
+  bucket: Bucket,
+  topology: Topology,
+  devices: list[jax.Device],
+  wanted: sampling.Sampling,
+) -> Plan:
+  """Compiles the program that draws a batch of samples from the model of a stage.
+
+  Its "step" is the whole batch, from noise to latents.
+
+  Args:
+    experiment: resolved.
+    name: of a train stage whose task can be sampled.
+    bucket: any shape that the model can take.
+    topology: the hardware, and `devices`: of it.
+    wanted: mesh and number of samples.
+
+  Raises:
+    UserError: see `sampling.job`.
+  """
+  stage: TrainStage = experiment.stages[name]
+  task = sampling.task_of(stage, name)
+  job = sampling.job(stage, name, bucket, devices, wanted)
+  seeds = job.arguments[-1]
+  samples = seeds.shape[0]
+  about = {
     "experiment": experiment.name,
+    "what": "sample",
     "stage": name,
     "bucket": bucket.name,
+    "remat": None,
+    "accumulate": 1,
+    "batch": samples,
+    "tokens": task.tokens(bucket),
+    "sampler": sampling.record(task, samples),
+  }
+  parts = task.sample_flops_by_part(bucket).items()
+  plan = _weigh(about, {part: samples * flops for part, flops in parts}, job, topology)
+  plan.record["notes"].append(sampling.NOTE)
+  return plan
+
+
+def _weigh(
+  about: dict[str, Any], by_part: dict[str, float], job: compile_lib.Job, topology: Topology
+) -> Plan:
+  """Compiles a job and makes its record; `by_part`: FLOPs of the model, on all devices."""
+  compiled = compile_lib.compile_job(job, topology)
+  model_flops = sum(by_part.values())
+  costs = None
+  if compiled.hlo is not None:
+    costs = costs_lib.costs_of(hlo.parse(compiled.hlo), dict(compiled.mesh.shape))
+  roof = _roofline(costs, topology, compiled, model_flops)
+  limit = memory_limit(topology)
+  memory = compiled.memory
+  record = {
+    **about,
     "topology": topology.name,
     "chip": topology.chip.name,
     "devices": topology.size,
     "hosts": topology.hosts,
     "mesh": dict(compiled.mesh.shape),
-    "remat": here.remat,
-    "accumulate": here.accumulate,
-    "batch": batch,
-    "tokens": task.tokens(bucket),
-    "fits": fits,
+    "fits": compiled.complaint is None and memory.total <= limit,
     "memory_gib": {k: v / GIB for k, v in compile_lib.memory_dict(memory).items()}
     | {"limit": limit / GIB, "margin": (limit - memory.total) / GIB},
     "model_flops": model_flops,
-    "model_flops_by_part": _by_part(task, bucket, batch),
+    "model_flops_by_part": by_part,
     "hlo_flops": costs.flops * topology.size if costs else None,
     "hbm_bytes": costs.bytes if costs else None,
     "collectives": [dataclasses.asdict(row) | {"axes": list(row.axes)} for row in roof.traffic],
@@ -110,7 +168,7 @@ def make_plan(
     "stablehlo_lines": compiled.stablehlo_lines,
     "jax": jax.__version__,
     "notes": _notes(costs, compiled, memory.total / limit, model_flops / topology.size),
-    "changes": changes,
+    "changes": [],
   }
   return Plan(record, memory, costs)
 

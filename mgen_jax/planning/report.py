@@ -24,10 +24,19 @@ MEMORY_PARTS = {
 _COLOURS = ("#4477aa", "#66ccee", "#228833", "#bbbbbb", "#ccbb44", "#aa3377")
 
 
+def show_all(record: Record, console: rich.console.Console) -> None:
+  """A plan as it is saved: the one that needs most memory, then its other buckets and its search,
+  where they were asked for."""
+  show(record, console)
+  if "buckets" in record:
+    show_buckets(list(record["buckets"].values()), console)
+  if "search" in record:
+    show_search(record["search"], console)
+
+
 def show(record: Record, console: rich.console.Console) -> None:
   """All of one plan."""
-  title = f"{record['experiment']} / {record['stage']} / {record['bucket']} on {record['topology']}"
-  console.rule(title)
+  console.rule(_title(record))
   console.print(_summary(record), markup=False, highlight=False, soft_wrap=True)
   console.print(_memory_table(record))
   console.print(_flops_table(record))
@@ -57,6 +66,10 @@ def show(record: Record, console: rich.console.Console) -> None:
         highlight=False,
         soft_wrap=True,
       )
+  elif not record["fits"] and _is_sampler(record):
+    console.print(
+      "It does not fit: other meshes (--search), fewer --samples or more devices may.", markup=False
+    )
   elif not record["fits"]:
     console.print(
       "No change of the mesh, the remat policy or the accumulation is estimated to make it fit: "
@@ -65,17 +78,40 @@ def show(record: Record, console: rich.console.Console) -> None:
     )
 
 
+def show_buckets(records: Sequence[Record], console: rich.console.Console) -> None:
+  """One line for each bucket of a stage."""
+  limit = records[0]["memory_gib"]["limit"]
+  table = rich.table.Table(title=f"All {len(records)} buckets ({limit:.1f} GiB a device)")
+  for name in ("bucket", "tokens", "batch", "fits", "GiB", "bound s", "limit", "MFU %"):
+    table.add_column(name, justify="left" if name in ("bucket", "limit") else "right")
+  for record in sorted(records, key=lambda record: -record["memory_gib"]["total"]):
+    table.add_row(
+      record["bucket"],
+      f"{record['tokens']:,}",
+      str(record["batch"]),
+      "yes" if record["fits"] else "NO",
+      f"{record['memory_gib']['total']:.1f}",
+      _number(record["step_seconds_bound"]),
+      record["critical"] or "",
+      _percent(record["mfu_range"]),
+    )
+  console.print(table)
+
+
 def show_search(trials: Sequence[Record], console: rich.console.Console) -> None:
   """The ranking of a search."""
   table = rich.table.Table(title="Choices that were compiled, best first")
-  for name in ("", "choice", "fits", "GiB (estimate)", "bound s", "no overlap s", "limit", "MFU %"):
+  names = ("", "choice", "batch", "fits", "GiB (estimate)", "bound s", "no overlap s", "limit")
+  for name in (*names, "MFU %"):
     table.add_column(name, justify="left" if name in ("choice", "limit") else "right")
   for place, trial in enumerate(trials, start=1):
+    guess = trial["estimated_gib"]
     table.add_row(
       str(place),
       trial["choice"],
+      str(trial["batch"]),
       "yes" if trial["fits"] else "no",
-      f"{trial['total_gib']:.1f} ({trial['estimated_gib']:.1f})",
+      f"{trial['total_gib']:.1f}" + ("" if guess is None else f" ({guess:.1f})"),
       _number(trial["step_seconds_bound"]),
       _number(trial["step_seconds_serial"]),
       trial["critical"] or "",
@@ -87,25 +123,50 @@ def show_search(trials: Sequence[Record], console: rich.console.Console) -> None
 
 
 def show_comparison(old: Record, new: Record, console: rich.console.Console) -> None:
-  """Two plans side by side, with the change in per cent."""
-  table = rich.table.Table(title="Compared with the other plan")
-  for name in ("", "other", "this", "change"):
+  """Two plans side by side, with the change in per cent; what is the same in both only once."""
+  table = rich.table.Table(title=f"{_title(old)}  ->  {_title(new)}")
+  for name in ("", "first", "second", "change"):
     table.add_column(name, justify="left" if not name else "right")
-  for name in ("topology", "stage", "bucket", "mesh", "remat", "accumulate", "batch", "fits"):
-    a, b = (_plain(r[name]) for r in (old, new))
-    table.add_row(name, a, b, "" if a == b else "differs")
-  figures = {f"memory {k}, GiB": ("memory_gib", k) for k in (*MEMORY_PARTS, "host", "total")}
-  for label, (group, key) in figures.items():
-    _compare_row(table, label, old[group][key], new[group][key])
-  for key in (
-    "model_flops", "hlo_flops", "hbm_bytes", "step_seconds_bound", "step_seconds_serial",
-    "compile_seconds", "stablehlo_lines",
+  same = []
+  for name in (
+    "experiment", "what", "stage", "bucket", "tokens", "batch", "accumulate", "remat", "topology",
+    "devices", "mesh", "fits",
   ):  # fmt: skip
-    _compare_row(table, key.replace("_", " "), old[key], new[key])
+    a, b = (_plain(r.get(name)) for r in (old, new))
+    if a == b:
+      same.append(f"{name} {a}")
+    else:
+      table.add_row(name, a, b, "differs")
+  for part in (*MEMORY_PARTS, "host", "total", "limit"):
+    a, b = (r["memory_gib"][part] for r in (old, new))
+    if max(a, b) >= 0.005 or part == "total":
+      _compare_row(table, f"memory: {part}, GiB", a, b)
+  table.add_section()
+  terms = sorted({term for r in (old, new) for term in r["step_seconds_terms"]})
+  for term in terms:
+    _compare_row(
+      table, f"seconds: {term}", *(r["step_seconds_terms"].get(term) for r in (old, new))
+    )
+  for label, key in (("bound", "step_seconds_bound"), ("no overlap", "step_seconds_serial")):
+    _compare_row(table, f"seconds: {label}", old[key], new[key])
+  table.add_row("MFU, %", _percent(old["mfu_range"]), _percent(new["mfu_range"]), "")
+  table.add_section()
+  _compare_row(table, "model PFLOP", *(_scaled(r["model_flops"], 1e15) for r in (old, new)))
+  _compare_row(table, "compiled PFLOP", *(_scaled(r["hlo_flops"], 1e15) for r in (old, new)))
+  _compare_row(
+    table, "main memory, GB a device", *(_scaled(r["hbm_bytes"], 1e9) for r in (old, new))
+  )
   wires = [_wire_by_axes(record) for record in (old, new)]
+  least = 1e-4 * max(sum(wire.values()) for wire in wires)  # GB worth a line
   for axes in sorted(set(wires[0]) | set(wires[1])):
-    _compare_row(table, f"sent on {axes}, GB", *(wire.get(axes, 0.0) for wire in wires))
+    values = [wire.get(axes, 0.0) for wire in wires]
+    if max(values) >= least:
+      _compare_row(table, f"sent on {axes}, GB a device", *values)
+  for key in ("compile_seconds", "stablehlo_lines"):
+    _compare_row(table, key.replace("_", " "), old[key], new[key])
   console.print(table)
+  if same:
+    console.print(f"The same in both: {', '.join(same)}.", markup=False, highlight=False)
 
 
 def as_text(draw: Any) -> str:
@@ -117,7 +178,7 @@ def as_text(draw: Any) -> str:
 
 def picture(records: Sequence[Record]) -> bytes:
   """A PNG of the plans: memory against the limit, and the terms of the step time."""
-  height = 1.6 + 0.8 * len(records)
+  height = 1.6 + 0.8 * min(len(records), 4) + 0.4 * max(0, len(records) - 4)
   fig = figure.Figure(figsize=(11, height + 0.8), layout="constrained")
   left, right = fig.subplots(1, 2)
   names = [f"{r['stage']}\n{r['bucket']}" for r in records]
@@ -139,7 +200,7 @@ def picture(records: Sequence[Record]) -> bytes:
       )
   for axes, title, unit in (
     (left, "Memory of a device (red: the limit)", "GiB"),
-    (right, "Least time of a step, by what it waits for", "seconds"),
+    (right, f"Least time of {_unit(records[0])}, by what it waits for", "seconds"),
   ):
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(unit)
@@ -153,6 +214,24 @@ def picture(records: Sequence[Record]) -> bytes:
   return file.getvalue()
 
 
+def _is_sampler(record: Record) -> bool:
+  return "sampler" in record
+
+
+def _unit(record: Record) -> str:
+  """What the figures of a plan are of."""
+  return "a batch of samples" if _is_sampler(record) else "a step"
+
+
+def _title(record: Record) -> str:
+  stage = f"{record['stage']}, sampled" if _is_sampler(record) else record["stage"]
+  return f"{record['experiment']} / {stage} / {record['bucket']} on {record['topology']}"
+
+
+def _scaled(value: float | None, unit: float) -> float | None:
+  return None if value is None else value / unit
+
+
 def _summary(record: Record) -> str:
   mesh = " x ".join(f"{axis}={size}" for axis, size in record["mesh"].items())
   memory = record["memory_gib"]
@@ -162,13 +241,24 @@ def _summary(record: Record) -> str:
     else f"DOES NOT FIT, {-memory['margin']:.1f} GiB too much"
   )
   where = f"{record['devices']} x {record['chip']} on {record['hosts']} hosts, mesh {mesh}"
-  lines = [
-    f"{where}, remat={record['remat']}, accumulate={record['accumulate']}",
-    f"batch {record['batch']} x {record['tokens']} tokens",
-    f"{verdict}: {memory['total']:.1f} of {memory['limit']:.1f} GiB a device",
-  ]
+  if _is_sampler(record):
+    sampler = record["sampler"]
+    how = (
+      f"{sampler['count']} samples of {record['tokens']} tokens at a time: {sampler['num_steps']} "
+      f"{sampler['method']} steps, {sampler['evaluations']} evaluations, guidance "
+      f"{sampler['guidance']:g} by {sampler['guidance_split']}, dtype {sampler['dtype']}"
+    )
+    lines = [where, how]
+  else:
+    lines = [
+      f"{where}, remat={record['remat']}, accumulate={record['accumulate']}",
+      f"batch {record['batch']} x {record['tokens']} tokens",
+    ]
+  lines.append(f"{verdict}: {memory['total']:.1f} of {memory['limit']:.1f} GiB a device")
   if record["step_seconds_bound"] is not None:
-    line = f"a step takes at least {record['step_seconds_bound']:.3g} s ({record['critical']})"
+    line = (
+      f"{_unit(record)} takes at least {record['step_seconds_bound']:.3g} s ({record['critical']})"
+    )
     if record["mfu_range"]:
       line += f", MFU {_percent(record['mfu_range'])} %"
     lines.append(line)
@@ -186,6 +276,10 @@ def _memory_table(record: Record) -> rich.table.Table:
   table.add_column("")
   table.add_column(unit, justify="right")
   for part, label in MEMORY_PARTS.items():
+    if _is_sampler(record):  # nothing is learned
+      label = {"temp": "activations, work space, samples"}.get(part, label)
+      if part in ("optimizer", "ema"):
+        continue
     table.add_row(label, f"{factor * memory[part]:.3f}")
   table.add_row("total", f"{factor * memory['total']:.3f}", style="bold")
   table.add_row("limit", f"{factor * memory['limit']:.3f}")
@@ -194,7 +288,7 @@ def _memory_table(record: Record) -> rich.table.Table:
 
 
 def _flops_table(record: Record) -> rich.table.Table:
-  table = rich.table.Table(title="FLOPs of one step, all devices", min_width=48)
+  table = rich.table.Table(title=f"FLOPs of {_unit(record)}, all devices", min_width=48)
   unit, factor = ("PFLOP", 1e15) if record["model_flops"] > 1e14 else ("GFLOP", 1e9)
   table.add_column("")
   table.add_column(unit, justify="right")
@@ -208,7 +302,7 @@ def _flops_table(record: Record) -> rich.table.Table:
 
 
 def _collectives_table(record: Record) -> rich.table.Table:
-  table = rich.table.Table(title="Collectives of one step, of one device")
+  table = rich.table.Table(title=f"Collectives of {_unit(record)}, of one device")
   for name in ("mesh axes", "kind", "devices", "count", "GB of arrays", "GB sent", "seconds"):
     table.add_column(name, justify="left" if name in ("mesh axes", "kind") else "right")
   rows = [row for row in record["collectives"] if row["wire"] >= 1e6]
@@ -232,7 +326,7 @@ def _collectives_table(record: Record) -> rich.table.Table:
 
 
 def _terms_table(record: Record) -> rich.table.Table:
-  table = rich.table.Table(title="Least time of a step", min_width=48)
+  table = rich.table.Table(title=f"Least time of {_unit(record)}", min_width=48)
   table.add_column("if all else were free")
   table.add_column("seconds", justify="right")
   for term, seconds in record["step_seconds_terms"].items():

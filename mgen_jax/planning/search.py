@@ -13,7 +13,8 @@ from absl import logging
 from mgen_jax.config import Experiment, TrainStage
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.errors import UserError
-from mgen_jax.planning import estimate, planner
+from mgen_jax.parallel.mesh import MeshConfig
+from mgen_jax.planning import estimate, planner, sampling
 from mgen_jax.planning.chips import GIB
 from mgen_jax.planning.planner import Plan
 from mgen_jax.planning.topologies import Topology
@@ -26,23 +27,26 @@ _TOLERANCE = 1.15
 class Trial:
   """A choice that was compiled."""
 
-  choice: estimate.Choice
+  choice: estimate.Choice | str  # str: the mesh of a sampler
   flags: str  # that make the stage so
   plan: Plan
-  estimated_gib: float
+  estimated_gib: float | None  # None: nothing was estimated
 
   def seconds(self) -> float:
-    """What trials are ranked by: between the bound and a step without any overlap."""
+    """What trials are ranked by: between the bound and a step without any overlap; of a sampler
+    for each sample, as meshes differ in how many they draw at a time."""
     record = self.plan.record
+    each = record["sampler"]["count"] if "sampler" in record else 1
     if record["step_seconds_serial"] is None:  # no rates are known (cpu): the FLOPs must do
-      return record["hlo_flops"] or float("inf")
-    return (record["step_seconds_bound"] + record["step_seconds_serial"]) / 2
+      return (record["hlo_flops"] or float("inf")) / each
+    return (record["step_seconds_bound"] + record["step_seconds_serial"]) / 2 / each
 
   def record(self) -> dict[str, Any]:
     """The line of the saved ranking."""
     keys = ("fits", "step_seconds_bound", "step_seconds_serial", "critical", "mfu_range")
     record = {key: self.plan.record[key] for key in keys}
     return record | {
+      "batch": self.plan.record["batch"],
       "choice": str(self.choice),
       "flags": self.flags,
       "total_gib": self.plan.memory.total / GIB,
@@ -87,6 +91,34 @@ def search(
       logging.info("left out: %s", error)
       continue
     trials.append(Trial(choice, choice.flags(name, here), plan, memory.total / GIB))
+  return rank(trials)
+
+
+def search_sampling(
+  experiment: Experiment,
+  name: str,
+  bucket: Bucket,
+  topology: Topology,
+  devices: list[jax.Device],
+  base: Plan,
+  wanted: sampling.Sampling,
+  tries: int,
+) -> list[Trial]:
+  """Plans sampling on up to `tries` other meshes than that of `base`; best first."""
+  here = MeshConfig(**base.record["mesh"])
+  plans = {here: base}
+  for mesh in sampling.meshes(experiment.stages[name], name, bucket, topology):
+    if mesh in plans or (wanted.samples or mesh.fsdp) % mesh.fsdp:
+      continue
+    if len(plans) > tries:
+      break
+    logging.info("trying %s", sampling.flags(mesh))
+    changed = dataclasses.replace(wanted, mesh=mesh)
+    plans[mesh] = planner.make_sample_plan(experiment, name, bucket, topology, devices, changed)
+  trials = []
+  for mesh, plan in plans.items():
+    text = sampling.flags(mesh)
+    trials.append(Trial(text.removeprefix("--mesh="), text, plan, None))
   return rank(trials)
 
 

@@ -21,6 +21,7 @@ from mgen_jax.diffusion import flow_matching, guidance, samplers, time_grids, v_
 from mgen_jax.errors import ConfigError
 from mgen_jax.models import backbone
 from mgen_jax.models.autoencoder import AutoencoderConfig
+from mgen_jax.parallel.mesh import MeshConfig
 from mgen_jax.tasks import text_inputs
 from mgen_jax.tasks.base import ArraySpec
 
@@ -269,6 +270,18 @@ class TextToVideo:
     parts["text_encoder"] = self._text.flops()
     return {name: 3.0 * part for name, part in parts.items()}
 
+  def sample_flops_by_part(
+    self, bucket: Bucket, sampler: SamplerConfig | None = None
+  ) -> dict[str, float]:
+    """FLOPs of drawing one sample: forward passes of all steps and both branches of guidance."""
+    sampler = self.config.sampler if sampler is None else sampler
+    branches = 1 if sampler.guidance == 1 else 2
+    passes = branches * evaluations(sampler)
+    shape = self.config.latent_shape(bucket)[:3]
+    parts = backbone.flops(self.config.model, shape, self.config.text.lengths)
+    made = {name: float(passes * part) for name, part in parts.items()}
+    return {**made, "text_encoder": float(branches * self._text.flops())}
+
   def tokens(self, bucket: Bucket) -> int:
     """Patches of latents."""
     latents = self.config.latent_shape(bucket)[:3]
@@ -288,6 +301,24 @@ class TextToVideo:
       "latents": np.asarray(example["latents"], np.float32),
       **self._text.prepare(example),
     }
+
+
+def evaluations(sampler: SamplerConfig) -> int:
+  """Of the velocity, for one sample; guidance evaluates the model twice in each."""
+  return sampler.num_steps * samplers.EVALUATIONS.get(sampler.method, 1)
+
+
+def sampling_mesh(sampler: Any, devices: int) -> MeshConfig:
+  """The mesh that samples are drawn on where none is asked for: each device draws its own, and
+  with the branches of guidance on halves of the devices, two replicas of the model are needed."""
+  asked = isinstance(sampler, SamplerConfig) and sampler.guidance_split == "mesh"
+  split = asked and devices % 2 == 0
+  return MeshConfig(replica=2 if split else 1)
+
+
+def sample_axis(mesh: jax.sharding.Mesh) -> str:
+  """The logical axis of samples: not split over replicas, which share them for guidance."""
+  return "batch" if mesh.shape["replica"] == 1 else "samples"
 
 
 def _placement(sampler: SamplerConfig) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:

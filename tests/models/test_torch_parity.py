@@ -42,7 +42,7 @@ def _random(tree, seed, scale=0.15):
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_values_and_gradients_are_those_of_the_torch_reference(arm):
-  from tests.models import torch_backbone
+  from benchmarks import torch_backbone
 
   config = ARMS[arm]
   model = Backbone(config)

@@ -228,6 +228,15 @@ def test_a_comparison_shows_both_and_the_change():
   assert "+100.0 %" in text and "differs" in text and "sent on tensor" in text
 
 
+def test_many_buckets_are_a_line_each_under_the_largest():
+  first = {**plan().record, "what": "train"}
+  second = {**first, "bucket": "1x32x32", "fits": False}
+  record = {**first, "buckets": {"8x32x48": first, "1x32x32": second}}
+  text = report.as_text(lambda console: report.show_all(record, console))
+  assert "All 2 buckets" in text and text.count("Memory of one device") == 1
+  assert any("1x32x32" in line and "NO" in line for line in text.splitlines())
+
+
 def test_the_picture_is_a_png():
   known = {**plan().record, "step_seconds_terms": {"compute": 1.0, "network": 0.5}}
   data = report.picture([plan().record, known])

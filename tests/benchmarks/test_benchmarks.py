@@ -1,0 +1,83 @@
+"""Every benchmark runs, at the smallest size, and says what it measured; times are not looked at.
+
+What can be told without a clock is: both sides do the same step, a scan keeps a program short, a
+warm start compiles nothing, and memory is what a plan promises.
+"""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import common, compilation_cache, first_step, memory, transformer_step
+
+SMALL = ["--tokens=16,32", "--batch=1", "--layers=1", "--width=24", "--heads=2", "--mlp_width=32"]
+
+
+def test_a_step_is_measured_over_a_sweep_and_drawn(tmp_path):
+  flags = ["--no_torch", "--rounds=1", f"--out={tmp_path}/a.json", f"--plot={tmp_path}/a.png"]
+  record = transformer_step.main([*SMALL, *flags])
+  assert json.loads((tmp_path / "a.json").read_text()) == record
+  assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+  assert [row["tokens"] for row in record["rows"]] == [16, 32]
+  assert record["rows"][1]["gflop"] > record["rows"][0]["gflop"]
+  assert record["machine"]["platform"] == "cpu" and record["parameters"] > 10_000
+
+
+def test_both_sides_make_the_same_steps():
+  pytest.importorskip("torch", reason="needs torch, of the extra test")
+  parsed = transformer_step.parse([*SMALL, "--remat=full", "--eager"])
+  config = transformer_step.model_for(parsed)
+  params = transformer_step.make_params(config)
+  inputs = transformer_step.make_inputs(config, 2, 16)
+  ours = transformer_step.jax_step(config, params, inputs)
+  theirs = transformer_step.torch_step(config, params, inputs, compiled=False)
+  losses = [(ours(), theirs()) for _ in range(6)]
+  for a, b in losses:
+    assert a == pytest.approx(b, rel=2e-4)
+  assert losses[-1][0] < losses[0][0]  # the update is a part of the step
+
+
+def test_sides_that_differ_are_no_comparison(monkeypatch):
+  pytest.importorskip("torch", reason="needs torch, of the extra test")
+  monkeypatch.setattr(transformer_step, "torch_step", lambda *_, **__: lambda: 9.9)
+  with pytest.raises(SystemExit, match="not the same step"):
+    transformer_step.main([*SMALL, "--eager", "--rounds=1"])
+
+
+@pytest.mark.parametrize(("tokens", "grid"), [(16, (1, 4, 4)), (256, (4, 8, 8)), (4096, (16,) * 3)])
+def test_a_number_of_tokens_is_a_grid_of_patches(tokens, grid):
+  assert transformer_step.grid_of(tokens) == grid
+
+
+def test_ratios_are_of_medians_with_their_spread():
+  above = common.Times([2.0, 2.0, 8.0], [4.0, 4.0, 4.0])
+  below = common.Times([1.0, 4.0, 1.0], [2.0, 2.0, 8.0])
+  assert common.ratios(above, below) == {"ratio": 2.0, "low": 0.5, "high": 8.0, "cpu_ratio": 2.0}
+
+
+@pytest.mark.slow
+def test_a_scanned_program_does_not_grow_with_its_layers(monkeypatch):
+  record = first_step.main(["--layers=1,3", "--width=24", "--tokens=16", "--rounds=1"])
+  lines = {(row["layers"], row["how"]): row["stablehlo_lines"] for row in record["rows"]}
+  assert lines[3, "unrolled"] > 1.1 * lines[1, "unrolled"]
+  assert lines[3, "scanned"] == lines[1, "scanned"]
+  assert {"trace_s", "lower_s", "compile_s", "run_s", "ratio"} <= set(record["rows"][0])
+
+
+@pytest.mark.slow
+def test_a_warm_start_adds_no_program_to_the_cache():
+  record = compilation_cache.main(["--rounds=1", "--layers=1", "--width=24"])
+  cold, warm = record["rows"]
+  assert (cold["start"], warm["start"]) == ("cold", "warm")
+  assert cold["programs"] > 0 and warm["programs"] == cold["programs"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of a process from Linux")
+def test_a_step_takes_the_memory_that_its_plan_says():
+  record = memory.main(["--devices=2", "--width=288", "--layers=4", "--batch=128", "--remat=none"])
+  (row,) = record["rows"]
+  assert row["planned_mib"] > 300  # large against what else a process takes
+  assert 0.9 < row["measured_state_mib"] / row["planned_state_mib"] < 1.15
+  assert 0.85 < row["ratio"] < 1.15
