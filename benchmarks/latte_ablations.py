@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib
 import numpy as np
 
 from mgen_jax import config as config_lib
@@ -102,9 +101,10 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row], chance: dict[str, float]) -> Any:
   """Two panels: the distance of each arm, and what the judge sees beside chance."""
-  import matplotlib.pyplot as plt
+  from matplotlib import figure as figures
 
-  figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+  figure = figures.Figure(figsize=(11, 4), layout="constrained")
+  left, right = figure.subplots(1, 2)
   names = [row["arm"] for row in rows]
   left.barh(names, [row["frechet"] for row in rows], color="#4477aa")
   left.set_xlabel("Frechet distance on fixed features (less is better)")
@@ -131,7 +131,6 @@ def main() -> None:
   parser.add_argument("--arms", help="Some only, like v1,v2.")
   parser.add_argument("--out", help="JSON; .md and .png beside it. Default: WORKDIR/ablations.json")
   values = parser.parse_args()
-  matplotlib.use("Agg")
   work = Workdir.open(values.workdir)
   rows = measure(work, values.samples, values.arms.split(",") if values.arms else None)
   out = Path(values.out) if values.out else work.root / "ablations.json"

@@ -42,7 +42,7 @@ def _numpy(tensors):
 
 
 def _twin(config, frames, side=8, seed=0):
-  from tests.models import torch_latte
+  from benchmarks import torch_latte
 
   twin = torch_latte.Latte(config, side, frames)
   torch_latte.redraw(twin, seed)
@@ -127,7 +127,7 @@ def test_weights_go_out_as_they_came_in():
 def text_twin():
   """diffusers' text-to-video model, its parameters redrawn, and ours."""
   diffusers = pytest.importorskip("diffusers", reason="needs diffusers, of the extra test")
-  from tests.models import torch_latte
+  from benchmarks import torch_latte
 
   twin = diffusers.LatteTransformer3DModel(
     num_attention_heads=4,
@@ -209,7 +209,7 @@ def test_a_text_to_video_model_of_one_frame_is_an_image_model(text_twin):
 def test_pixart_becomes_the_spatial_blocks(text_twin):
   """PixArt's model is the text-to-video model without its temporal blocks."""
   diffusers = pytest.importorskip("diffusers", reason="needs diffusers, of the extra test")
-  from tests.models import torch_latte
+  from benchmarks import torch_latte
 
   _, config, _ = text_twin
   pixart = diffusers.PixArtTransformer2DModel(
