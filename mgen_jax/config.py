@@ -127,7 +127,9 @@ class TrainStage:
   init_weights: str | None = None  # or a safetensors file of others (Latte: DiT, PixArt, Latte)
   optimizer: OptimizerConfig = OptimizerConfig()
   ema_decay: float = 0.999
-  accumulate: int = 1  # passes of batch / accumulate examples for each optimizer step
+  # Passes of batch / accumulate examples for each optimizer step; -1: as many as leave one example
+  # to each shard of the batch, whatever the number of devices (the least memory).
+  accumulate: int = 1
   mesh: MeshConfig = MeshConfig()
   log_every: int = 50
   validate_every: int = 0  # steps; 0: never
@@ -138,11 +140,17 @@ class TrainStage:
   workers: int = 0  # processes that read and decode, on each host; 0: threads only
 
   def __post_init__(self):
-    for name in ("steps", "accumulate", "log_every", "checkpoint_every", "keep", "threads"):
+    if self.accumulate < 1 and self.accumulate != -1:
+      raise ConfigError(f"accumulate is {self.accumulate}: it must be 1 or more, or -1.")
+    for name in ("steps", "log_every", "checkpoint_every", "keep", "threads"):
       if getattr(self, name) < 1:
         raise ConfigError(f"{name} is {getattr(self, name)}: it must be 1 or more.")
     if not 0 <= self.ema_decay < 1:
       raise ConfigError(f"ema_decay is {self.ema_decay}: it must lie in [0, 1).")
+
+  def passes(self, examples: int, shards: int) -> int:
+    """Passes over a batch of so many examples on so many shards of it."""
+    return examples // shards if self.accumulate == -1 else self.accumulate
 
   def batches(self) -> dict[Bucket, BucketConfig]:
     """The buckets, parsed, in a fixed order."""
@@ -304,13 +312,14 @@ def check_devices(
       replica, fsdp, *_ = stage.mesh.sizes(devices)
     except ConfigError as error:
       raise ConfigError(f"{path}.mesh: {error}") from error
-    parts = replica * fsdp * stage.accumulate
     for bucket, entry in stage.batches().items():
+      passes = max(1, stage.passes(entry.batch, replica * fsdp))
+      parts = replica * fsdp * passes
       if entry.batch % parts or entry.batch % processes:
         nearest = max(parts, round(entry.batch / parts) * parts)
         raise ConfigError(
           f"{path}.buckets.b{bucket.name}.batch is {entry.batch}, which does not divide into "
-          f"{replica * fsdp} batch shards x {stage.accumulate} accumulation passes on {devices} "
+          f"{replica * fsdp} batch shards x {passes} accumulation passes on {devices} "
           f"devices: set it to {nearest}."
         )
 

@@ -1,6 +1,6 @@
 """Makes videos (or images) from text with a model that a run has trained.
 
-  python -m mgen_jax.sample --workdir=runs/quickstart --prompt="a small red circle moves left"
+  python -m mgen_jax.sample --workdir=runs/quickstart --prompt="a large red circle moves left"
   python -m mgen_jax.sample --workdir=runs/quickstart --prompt="a large blue star moves up" \\
       --prompt="a small green cross moves right" --samples=3 --seed=7
   python -m mgen_jax.sample --workdir=runs/quickstart --prompts_file=prompts.txt --aspect=5:3 \\

@@ -141,7 +141,7 @@ class Attention(nn.Module):
     dense = functools.partial(layers.Dense, use_bias=cfg.use_bias, dtype=cfg.dtype)
 
     def heads(inputs, name, count, axes):
-      y = dense(count * cfg.head_dim, ("embed", "heads"), name=name)(inputs)
+      y = dense(count * cfg.head_dim, ("embed", "heads"), inputs=axes[:2], name=name)(inputs)
       y = y.reshape(*y.shape[:2], count, cfg.head_dim)  # [B, N, H, Dh]
       if cfg.qk_norm and name != "value":
         y = layers.Norm("rms", cfg.norm_eps, dtype=cfg.dtype, name=f"{name}_norm")(y)
@@ -162,7 +162,7 @@ class Attention(nn.Module):
     out = checkpoint_name(out, "attention")
     quiet = source is not None and cfg.cross_zero_init
     init = nn.initializers.zeros if quiet else layers.fan_in_init
-    return dense(width, ("heads", "embed"), kernel_init=init, name="out")(out)
+    return dense(width, ("heads", "embed"), kernel_init=init, inputs=HEADS[:2], name="out")(out)
 
 
 class Block(nn.Module):
@@ -188,7 +188,7 @@ class Block(nn.Module):
 
     Args:
       x: tokens [B, N, D].
-      positions: [1, N, D], added at the input of every layer, if they are learned.
+      positions: [B, N, D], added at the input of every layer, if they are learned.
       angles: [N, head_dim / 2], if positions are rotary.
       modulation: [B, 6, D] fp32, the shared MLP's output; the layer adds its own table.
       context: [B, S, D]; mask: [B, S] bool, True where there is text.
@@ -206,11 +206,11 @@ class Block(nn.Module):
     shifts = jnp.split((modulation + table).astype(cfg.dtype), 6, axis=1)  # six of [B, 1, D]
     shift1, scale1, gate1, shift2, scale2, gate2 = shifts
 
-    def whole(y):  # this device's share of the context axis, no longer split over "tensor"
-      return nn.with_logical_constraint(y, TOKENS)
-
     def split(y):
       return nn.with_logical_constraint(y, NORM_TOKENS)
+
+    def whole(y):  # this device's share of the context axis, no longer split over "tensor"
+      return nn.with_logical_constraint(split(y), TOKENS)  # and its gradient is split again
 
     if positions is not None:
       x = x + positions
@@ -287,7 +287,10 @@ class Backbone(nn.Module):
     )(x)
     positions = angles = None
     if cfg.positions == "learned":
-      positions = self._positions(grid).astype(cfg.dtype)
+      # Every example has its own, which XLA does not store on one device: the gradients of all
+      # layers are then added where they are, and cross the devices once, not in each layer.
+      positions = jnp.broadcast_to(self._positions(grid).astype(cfg.dtype), x.shape)
+      positions = nn.with_logical_constraint(positions, NORM_TOKENS)
     else:
       angles = positions_lib.rotary_angles(grid, cfg.head_dim, cfg.rotary_theta)
     text, mask = self._context(context, context_mask)

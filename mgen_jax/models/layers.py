@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mgen_jax.parallel import mesh as mesh_lib
+from mgen_jax.parallel.linear import linear, multiply
 
 Array = jax.Array
 Initializer = Callable[..., Array]
@@ -29,20 +29,6 @@ def partitioned(init: Initializer, *names: str | None) -> Initializer:
   return nn.with_logical_partitioning(init, names)
 
 
-def multiply(x: Array, kernel: Array) -> Array:
-  """The matrix product [..., d_in] @ [d_in, d_out] -> [..., d_out].
-
-  On a CPU the leading dimensions are made one first. XLA else writes the gradient of the kernel,
-  which sums over all of them, as a transposed copy of whatever comes before it, element by
-  element: a training step of the toy backbone takes 1.3 times as long. Elsewhere, and where tokens
-  are split over devices, which no merged dimension could express, they stay as they are.
-  """
-  if mesh_lib.platform() != "cpu" or mesh_lib.shards("context", "tensor") > 1:
-    return x @ kernel
-  out = x.reshape(-1, x.shape[-1]) @ kernel
-  return out.reshape(*x.shape[:-1], kernel.shape[-1])
-
-
 class Dense(nn.Module):
   """A linear map of the last dimension: [..., d_in] -> [..., features].
 
@@ -54,13 +40,18 @@ class Dense(nn.Module):
   use_bias: bool = False
   dtype: str = "float32"
   kernel_init: Initializer = fan_in_init
+  # Logical names of [batch, tokens] of an input: its kernel is gathered where it is used.
+  inputs: tuple[str, str] | None = None
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     kernel = self.param(
       "kernel", partitioned(self.kernel_init, *self.axes), (x.shape[-1], self.features)
     )
-    x = multiply(x.astype(self.dtype), kernel.astype(self.dtype))
+    if self.inputs is None:
+      x = multiply(x.astype(self.dtype), kernel.astype(self.dtype))
+    else:
+      x = linear(x.astype(self.dtype), kernel, names=self.inputs, kernel_names=self.axes)
     if self.use_bias:
       bias = self.param("bias", partitioned(nn.initializers.zeros, self.axes[1]), (self.features,))
       x = x + bias.astype(self.dtype)
@@ -135,7 +126,15 @@ class MLP(nn.Module):
       raise ValueError(f"unknown activation {self.activation!r}: use one of {sorted(functions)}")
 
     def dense(features, axes, name):
-      return Dense(features, axes, self.use_bias, self.dtype, self.kernel_init, name=name)
+      return Dense(
+        features,
+        axes,
+        self.use_bias,
+        self.dtype,
+        self.kernel_init,
+        inputs=self.activation_axes[:2],
+        name=name,
+      )
 
     def project(name):
       return checkpoint_name(dense(self.hidden, ("embed", "mlp"), name)(x), "mlp_projection")

@@ -61,9 +61,11 @@ class Choice:
     return " ".join(flags) or "none: the stage as it is"
 
 
-def current(stage: TrainStage, devices: int) -> Choice:
-  """What a stage chooses itself."""
-  return Choice(stage.mesh.sizes(devices), _remat(stage), stage.accumulate)
+def current(stage: TrainStage, bucket: Bucket, devices: int) -> Choice:
+  """What a stage chooses itself, for a bucket."""
+  mesh = stage.mesh.sizes(devices)
+  batch = stage.batches()[bucket].batch
+  return Choice(mesh, _remat(stage), stage.passes(batch, _shards(mesh)))
 
 
 def apply(experiment: Experiment, name: str, choice: Choice) -> Experiment:
@@ -84,7 +86,7 @@ def choices(
   """Every choice that divides the batch, the heads and the tokens of a bucket evenly."""
   batch = stage.batches()[bucket].batch
   tokens = tasks.make(stage.task).tokens(bucket)
-  heads = _model(stage, "heads", 1)
+  heads = model_value(stage, "heads", 1)
   remats = (None,) if _remat(stage) is None else policies
   inner = 8 if topology.chip.platform != "gpu" else topology.shape[1]
   for tensor in _powers(min(8, inner, topology.size)):
@@ -118,7 +120,7 @@ class Estimator:
     self._task = tasks.make(self._stage.task)
     self._params = state_lib.param_shapes(self._task)
     self._boxed = jax.eval_shape(lambda: self._task.init(jax.random.key(0)))
-    self._base = current(self._stage, topology.size)
+    self._base = current(self._stage, bucket, topology.size)
     self._seconds = seconds
     self._sizes: dict[tuple, dict[str, int]] = {}
 
@@ -146,7 +148,7 @@ class Estimator:
     passes = _PASSES[_standard(choice.remat)] / 3.0
     batch = self._stage.batches()[self._bucket].batch
     flops = batch * self._task.flops(self._bucket) * passes / self._topology.size
-    width, layers = _model(self._stage, "width", 0), _model(self._stage, "layers", 1)
+    width, layers = model_value(self._stage, "width", 0), model_value(self._stage, "layers", 1)
     _, fsdp, context, tensor = choice.mesh
     local = self._tokens(choice) * choice.accumulate  # of one step on one device
     weights = sum(s.size for s in jax.tree.leaves(self._params)) * 2 / tensor
@@ -192,12 +194,14 @@ class Estimator:
 
   def _kept(self, choice: Choice) -> float:
     """Bytes that the remat policy keeps on the device between the forward and backward pass."""
-    return self._tokens(choice) * _model(self._stage, "layers", 0) * self._kept_of_token(choice)
+    return (
+      self._tokens(choice) * model_value(self._stage, "layers", 0) * self._kept_of_token(choice)
+    )
 
   def _kept_of_token(self, choice: Choice) -> float:
-    d, m = _model(self._stage, "width", 0), _model(self._stage, "mlp_width", 0)
+    d, m = model_value(self._stage, "width", 0), model_value(self._stage, "mlp_width", 0)
     t = choice.mesh[3]
-    item = 4 if _model(self._stage, "dtype", "") == "float32" else 2
+    item = 4 if model_value(self._stage, "dtype", "") == "float32" else 2
     values = {
       "offload": 0.0,
       "full": d,  # the layer's input
@@ -213,7 +217,7 @@ class Estimator:
     if _standard(choice.remat) != "offload":
       return 0.0
     per_token = self._kept_of_token(dataclasses.replace(choice, remat="full"))
-    return self._tokens(choice) * _model(self._stage, "layers", 0) * per_token
+    return self._tokens(choice) * model_value(self._stage, "layers", 0) * per_token
 
   def _gradients(self, choice: Choice) -> float:
     """fp32, sharded like the parameters; accumulation keeps a sum beside those of the pass."""
@@ -227,7 +231,7 @@ def advice(
 
   The fewest keys are changed, and among those the change that costs least time by estimate.
   """
-  base = current(stage, topology.size)
+  base = current(stage, bucket, topology.size)
   fitting = []
   for choice in choices(stage, bucket, topology):
     memory = estimator.memory(choice)
@@ -253,10 +257,10 @@ def _standard(remat: str | None) -> str:
 
 
 def _remat(stage: TrainStage) -> str | None:
-  return _model(stage, "remat", None)
+  return model_value(stage, "remat", None)
 
 
-def _model(stage: TrainStage, key: str, missing: Any) -> Any:
+def model_value(stage: TrainStage, key: str, missing: Any) -> Any:
   """A size of the stage's model, where it is a transformer; `missing` where it is not."""
   model = getattr(stage.task, "model", None)
   fields = {f.name for f in dataclasses.fields(model)} if dataclasses.is_dataclass(model) else ()

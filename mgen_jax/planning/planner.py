@@ -13,7 +13,7 @@ from mgen_jax.config import Experiment, TrainStage
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.planning import compile as compile_lib
 from mgen_jax.planning import costs as costs_lib
-from mgen_jax.planning import estimate, hlo, sampling
+from mgen_jax.planning import estimate, gathers, hlo, sampling
 from mgen_jax.planning import roofline as roofline_lib
 from mgen_jax.planning.chips import GIB
 from mgen_jax.planning.topologies import Topology
@@ -57,7 +57,7 @@ def make_plan(
   task = compile_lib.train_task(experiment, name)
   job = compile_lib.train_job(experiment, name, bucket, topology, devices)
   batch = stage.batches()[bucket].batch
-  here = estimate.current(stage, topology.size)
+  here = estimate.current(stage, bucket, topology.size)
   about = {
     "experiment": experiment.name,
     "what": "train",
@@ -69,6 +69,7 @@ def make_plan(
     "tokens": task.tokens(bucket),
   }
   plan = _weigh(about, _by_part(task, bucket, batch), job, topology)
+  plan.record["largest_gather"] = _gather(plan.costs, stage, bucket, plan.record["mesh"])
   if not plan.fits and advise:
     bound = plan.record["step_seconds_bound"]
     estimator = estimate.Estimator(experiment, name, bucket, topology, plan.memory, bound)
@@ -158,6 +159,7 @@ def _weigh(
     "hbm_bytes": costs.bytes if costs else None,
     "collectives": [dataclasses.asdict(row) | {"axes": list(row.axes)} for row in roof.traffic],
     "largest_collectives": _largest(costs),
+    "largest_gather": None,  # of a train step
     "step_seconds_bound": roof.bound,
     "step_seconds_terms": roof.terms,
     "critical": roof.critical,
@@ -209,6 +211,12 @@ def _largest(costs: costs_lib.Costs | None, count: int = 5) -> list[dict[str, An
     }
     for op in sending[:count]
   ]
+
+
+def _gather(costs, stage: TrainStage, bucket: Bucket, mesh: dict[str, int]) -> dict | None:
+  """The largest all-gather beside the most that a layer needs (`gathers.py`)."""
+  found = gathers.largest(costs) if costs else None
+  return found and found | {"limit": gathers.limit(stage, bucket, mesh)}
 
 
 def _by_part(task: Any, bucket: Bucket, batch: int) -> dict[str, float]:

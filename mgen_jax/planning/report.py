@@ -50,6 +50,8 @@ def show(record: Record, console: rich.console.Console) -> None:
         highlight=False,
         soft_wrap=True,
       )
+  if record["largest_gather"]:
+    console.print(_gather(record["largest_gather"]), markup=False, highlight=False, soft_wrap=True)
   if record["step_seconds_terms"]:
     console.print(_terms_table(record))
   for note in record["notes"]:
@@ -323,6 +325,17 @@ def _collectives_table(record: Record) -> rich.table.Table:
       "", "below 1 MB", "", str(sum(row["count"] for row in rest)), "", f"{sent / 1e9:.2g}", ""
     )
   return table
+
+
+def _gather(one: Record) -> str:
+  """What is gathered at once, and whether that is more than a layer needs."""
+  size, limit = one["bytes"] / 1e9, one["limit"] / 1e9
+  if size <= limit:
+    return f"largest all-gather: {size:.3g} GB, within what one layer needs ({limit:.3g} GB)"
+  return (
+    f"largest all-gather: {size:.3g} GB, MORE THAN ONE LAYER NEEDS ({limit:.3g} GB), on "
+    f"{' x '.join(one['axes'])}, from {one['source']}"
+  )
 
 
 def _terms_table(record: Record) -> rich.table.Table:

@@ -77,7 +77,7 @@ def search(
     tries: programs to compile, the base not counted.
   """
   stage: TrainStage = experiment.stages[name]
-  here = estimate.current(stage, topology.size)
+  here = estimate.current(stage, bucket, topology.size)
   estimator = estimate.Estimator(
     experiment, name, bucket, topology, base.memory, base.record["step_seconds_bound"]
   )

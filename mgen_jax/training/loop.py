@@ -165,7 +165,7 @@ def make_program(task: Task, config: TrainStage, mesh: jax.sharding.Mesh, seed: 
     optimizer_lib.make_schedule(config.optimizer, config.steps),
     layout,
     seed=seed,
-    accumulate=config.accumulate,
+    passes=lambda examples: config.passes(examples, mesh_lib.batch_shards(mesh)),
     ema_decay=config.ema_decay,
   )
   return Program(optimizer, state_lib.shapes(task, optimizer), layout, train_step)

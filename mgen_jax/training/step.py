@@ -15,6 +15,7 @@ from mgen_jax.data.buckets import Bucket
 from mgen_jax.parallel import rules
 from mgen_jax.tasks.base import Task
 from mgen_jax.training import state as state_lib
+from mgen_jax.training.outline import outline
 from mgen_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -56,7 +57,7 @@ def make_train_step(
   layout: TrainState,
   *,
   seed: int,
-  accumulate: int,
+  passes: Callable[[int], int],
   ema_decay: float,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """The step; the state is donated. Compiled once for each bucket by `compile_for`.
@@ -70,17 +71,14 @@ def make_train_step(
     schedule: its learning rate, for the metrics.
     layout: shardings of the state.
     seed: of the run; the stream "train" of it is used.
-    accumulate: number of passes over equal parts of the batch.
+    passes: number of passes over equal parts of a batch, by its number of examples.
     ema_decay: of the parameters; it is warmed up as (1 + step) / (10 + step).
 
   Returns:
     step(state, batch) -> (state, metrics), all metrics fp32 scalars.
   """
 
-  def train_step(state: TrainState, batch: Batch):
-    examples = jax.tree.leaves(batch)[0].shape[0]
-    keys = state_lib.example_keys(seed, "train", state.step, examples)
-    loss, metrics, gradients = loss_and_gradients(task, state.params, batch, keys, accumulate)
+  def update(state: TrainState, loss: jax.Array, gradients: Any):
     norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -91,7 +89,13 @@ def make_train_step(
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     new = (params, opt_state, ema)
     old = (state.params, state.opt_state, state.ema)
-    params, opt_state, ema = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    return norm, finite, jax.tree.map(lambda a, b: jax.lax.select(finite, a, b), new, old)
+
+  def train_step(state: TrainState, batch: Batch):
+    examples = jax.tree.leaves(batch)[0].shape[0]
+    keys = state_lib.example_keys(seed, "train", state.step, examples)
+    loss, metrics, gradients = loss_and_gradients(task, state.params, batch, keys, passes(examples))
+    norm, finite, changed = outline(update)(state, loss, gradients)
     first_bad = jnp.where((state.nonfinite_step < 0) & ~finite, state.step, state.nonfinite_step)
     metrics = {
       **metrics,
@@ -100,7 +104,7 @@ def make_train_step(
       "lr": jnp.asarray(schedule(state.step), jnp.float32),
       "nonfinite_step": first_bad,
     }
-    return TrainState(state.step + 1, params, opt_state, ema, first_bad), metrics
+    return TrainState(state.step + 1, *changed, first_bad), metrics
 
   mesh = layout.step.mesh
   return jax.jit(train_step, donate_argnums=0, out_shardings=(layout, rules.replicated(mesh)))

@@ -142,7 +142,7 @@ def estimator(made, temp_gib):
 def test_estimates_of_the_state_are_exact_and_of_the_rest_go_the_right_way():
   made = transformer(mesh=MeshConfig(fsdp=64))
   scale = estimator(made, 60)
-  base = estimate.current(made.stages["t2v"], 64)
+  base = estimate.current(made.stages["t2v"], BIG, 64)
   replace = dataclasses.replace
   assert base == estimate.Choice((1, 64, 1, 1), "full", 1)
 
@@ -165,7 +165,7 @@ def test_advice_is_a_change_that_fits_and_says_its_flags():
   stage = made.stages["t2v"]
   found = estimate.advice(scale, stage, BIG, POD, POD.chip.memory)
   assert found
-  base = estimate.current(stage, 64)
+  base = estimate.current(stage, BIG, 64)
   for choice, memory in found:
     assert memory.total <= POD.chip.memory
     assert "--config.stages.t2v." in choice.flags("t2v", base)

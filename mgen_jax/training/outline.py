@@ -1,0 +1,120 @@
+"""Makes a function of many arrays a short program: equal work on equal shapes is written once.
+
+An optimizer does the same to every parameter, and a program of StableHLO says it again for each.
+`outline` traces a function, finds the parts of it that do not touch each other (what happens to one
+parameter) and calls one shared function for all parts that are the same. Nothing is computed
+otherwise than before. Not here: what is computed.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+from jax.extend import core
+
+
+def outline(function: Callable[..., Any]) -> Callable[..., Any]:
+  """`function` with its repeated parts shared; to be called while tracing (inside `jit`).
+
+  Sums of an array to a number split the work in levels: what follows the norm of all gradients is
+  another part than what it is made of. Work on numbers alone is done once, outside the parts.
+  """
+
+  def outlined(*arguments):
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    leaves = jax.tree.leaves(arguments)
+    values = dict(zip(closed.jaxpr.invars, leaves, strict=True))
+    values |= zip(closed.jaxpr.constvars, closed.consts, strict=True)
+    shared: dict[str, Callable[..., Any]] = {}
+    numbers: dict[tuple, list[jax.Array]] = {}
+    for part in _parts(closed.jaxpr):
+      program, inputs, outputs = _program(part, closed.jaxpr)
+      key = str(id(part)) if _hides_constants(program.jaxpr) else str(program)
+      given = [values[v] for v in inputs]
+      if _is_scalar(part[0]):  # optimizers compute the same numbers for every parameter
+        key = (key, *map(id, given))
+        made = numbers.get(key) or core.jaxpr_as_fun(program)(*given)
+        numbers[key] = made
+      else:
+        made = shared.setdefault(key, jax.jit(core.jaxpr_as_fun(program)))(*given)
+      values |= zip(outputs, made, strict=True)
+    results = [
+      out.val if isinstance(out, core.Literal) else values[out] for out in closed.jaxpr.outvars
+    ]
+    return jax.tree.unflatten(jax.tree.structure(shape), results)
+
+  return outlined
+
+
+def _parts(jaxpr: core.Jaxpr) -> list[list[core.JaxprEqn]]:
+  """The equations, grouped, in an order in which they can run."""
+  level: dict[core.Var, int] = {}
+  levels: list[int] = []  # of each equation
+  for equation in jaxpr.eqns:
+    levels.append(max((level.get(v, 0) for v in _variables(equation.invars)), default=0))
+    # A number that is made of arrays is known one level later.
+    for out in equation.outvars:
+      level[out] = levels[-1] + (not out.aval.shape and not _is_scalar(equation))
+  # An array is made where it is first used, in the same part.
+  needed: dict[core.Var, int] = {}
+  for index, equation in reversed(list(enumerate(jaxpr.eqns))):
+    if all(out.aval.shape for out in equation.outvars):
+      levels[index] = min(
+        (needed[v] for v in equation.outvars if v in needed), default=levels[index]
+      )
+    for v in _variables(equation.invars):
+      needed[v] = min(needed.get(v, levels[index]), levels[index])
+  parts = []
+  for at in range(max(levels, default=-1) + 1):
+    here = [e for e, level in zip(jaxpr.eqns, levels, strict=True) if level == at]
+    parts += [[equation] for equation in here if _is_scalar(equation)]
+    parts += _connected([equation for equation in here if not _is_scalar(equation)])
+  return parts
+
+
+def _connected(equations: list[core.JaxprEqn]) -> list[list[core.JaxprEqn]]:
+  """Groups that share no array that one of the equations makes; their order is kept."""
+  group: dict[core.Var, int] = {}  # of each array made so far
+  groups: dict[int, list[int]] = {}
+  for index, equation in enumerate(equations):
+    joined = {group[v] for v in _variables(equation.invars) if v in group}
+    groups[index] = sorted([index, *(i for g in joined for i in groups.pop(g))])
+    for member in groups[index]:
+      group |= dict.fromkeys(equations[member].outvars, index)
+  return [[equations[i] for i in members] for members in groups.values()]
+
+
+def _program(
+  part: list[core.JaxprEqn], whole: core.Jaxpr
+) -> tuple[core.ClosedJaxpr, list[core.Var], list[core.Var]]:
+  """A part as a program of its own: with what it reads, and what others or the caller read of it."""
+  inside = {id(equation) for equation in part}
+  made = dict.fromkeys(out for equation in part for out in equation.outvars)
+  read = dict.fromkeys(v for equation in part for v in _variables(equation.invars))
+  inputs = [v for v in read if v not in made]
+  wanted = {v for e in whole.eqns if id(e) not in inside for v in _variables(e.invars)}
+  wanted |= set(_variables(whole.outvars))
+  outputs = [v for v in made if v in wanted]
+  effects = frozenset().union(*(equation.effects for equation in part))
+  jaxpr = core.Jaxpr((), inputs, outputs, part, effects, debug_info=None)
+  return core.ClosedJaxpr(jaxpr, ()), inputs, outputs
+
+
+def _is_scalar(what: core.JaxprEqn | list[core.JaxprEqn]) -> bool:
+  return not any(v.aval.shape for v in (*what.invars, *what.outvars))
+
+
+def _variables(atoms: Iterable[Any]) -> Iterable[core.Var]:
+  return (atom for atom in atoms if not isinstance(atom, core.Literal))
+
+
+def _hides_constants(jaxpr: core.Jaxpr) -> bool:
+  """Whether a program inside holds arrays, which its text does not show."""
+  for equation in jaxpr.eqns:
+    for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+      if isinstance(value, core.ClosedJaxpr) and value.consts:
+        return True
+      inner = getattr(value, "jaxpr", value)
+      if hasattr(inner, "eqns") and _hides_constants(inner):
+        return True
+  return False
