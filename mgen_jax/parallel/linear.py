@@ -84,11 +84,7 @@ def _layout(mesh: Mesh, rows, shape, names, kernel_names) -> _Layout | None:
   stored = tuple(rules.sharding(mesh, kernel_names, shape).spec)
   dims = [dim for dim, axes in enumerate(stored) if axes == SHARDS]
   lead = tuple(rules.sharding(mesh, names, rows).spec)
-  if (
-    math.prod(mesh.shape[axis] for axis in SHARDS) == 1
-    or not dims
-    or lead != tuple(rules.spec(names))
-  ):
+  if math.prod(mesh.shape[axis] for axis in SHARDS) == 1 or not dims or lead != tuple(rules.spec(names)):
     return None
   gathered = [None if dim in dims else axes for dim, axes in enumerate(stored)]
   reduced = set(mesh.axis_names) - set(gathered)

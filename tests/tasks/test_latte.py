@@ -253,4 +253,4 @@ def test_costs_grow_with_the_images_beside_a_clip():
   alone, joint = (tasks.make(_config(images=n)) for n in (0, 2))
   assert joint.tokens(CLIP) == alone.tokens(CLIP) * 6 // 4
   assert joint.tokens(IMAGE) == alone.tokens(IMAGE) == 4
-  assert joint.flops(CLIP) > 1.3 * alone.flops(CLIP) and joint.flops(IMAGE) == alone.flops(IMAGE)
+  assert joint.flops(CLIP) > alone.flops(CLIP) and joint.flops(IMAGE) == alone.flops(IMAGE)
