@@ -8,8 +8,8 @@ product of 1 - beta up to t,
 The model's output has twice the channels of x: e (or the velocity sqrt(abar) e - sqrt(1 - abar)
 x_0), then v. It is told the step of the full process, also when only some steps are walked.
 
-Tables are float64 and cast to fp32 where they are used. Without `learned variance` see
-`v_prediction` (Movie Gen's ablation), with which the zero-terminal-SNR schedule is shared.
+Tables are float64 and cast to fp32 where they are used. The zero-terminal-SNR schedule is that of
+`v_prediction`, Movie Gen's ablation arm, which learns no variance.
 """
 
 import dataclasses

@@ -194,9 +194,7 @@ class Estimator:
 
   def _kept(self, choice: Choice) -> float:
     """Bytes that the remat policy keeps on the device between the forward and backward pass."""
-    return (
-      self._tokens(choice) * model_value(self._stage, "layers", 0) * self._kept_of_token(choice)
-    )
+    return self._tokens(choice) * model_value(self._stage, "layers", 0) * self._kept_of_token(choice)
 
   def _kept_of_token(self, choice: Choice) -> float:
     d, m = model_value(self._stage, "width", 0), model_value(self._stage, "mlp_width", 0)

@@ -59,9 +59,7 @@ def _parts(jaxpr: core.Jaxpr) -> list[list[core.JaxprEqn]]:
   needed: dict[core.Var, int] = {}
   for index, equation in reversed(list(enumerate(jaxpr.eqns))):
     if all(out.aval.shape for out in equation.outvars):
-      levels[index] = min(
-        (needed[v] for v in equation.outvars if v in needed), default=levels[index]
-      )
+      levels[index] = min((needed[v] for v in equation.outvars if v in needed), default=levels[index])
     for v in _variables(equation.invars):
       needed[v] = min(needed.get(v, levels[index]), levels[index])
   parts = []

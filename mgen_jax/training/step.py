@@ -94,7 +94,9 @@ def make_train_step(
   def train_step(state: TrainState, batch: Batch):
     examples = jax.tree.leaves(batch)[0].shape[0]
     keys = state_lib.example_keys(seed, "train", state.step, examples)
-    loss, metrics, gradients = loss_and_gradients(task, state.params, batch, keys, passes(examples))
+    loss, metrics, gradients = loss_and_gradients(
+      task, state.params, batch, keys, passes(examples)
+    )
     norm, finite, changed = outline(update)(state, loss, gradients)
     first_bad = jnp.where((state.nonfinite_step < 0) & ~finite, state.step, state.nonfinite_step)
     metrics = {
