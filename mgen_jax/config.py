@@ -20,6 +20,7 @@ from mgen_jax.data.buckets import Bucket, parse_bucket
 from mgen_jax.data.marbles import WorldConfig
 from mgen_jax.errors import ConfigError, UserError
 from mgen_jax.models import backbone as backbone_lib
+from mgen_jax.models import latte as latte_lib
 from mgen_jax.parallel.mesh import MeshConfig
 
 
@@ -66,9 +67,13 @@ class OptimizerConfig:
   eps: float = 1e-8
   weight_decay: float = 0.0  # decoupled; for matrices only (not norms, biases, tables of vectors)
   clip_norm: float = 1.0  # global norm of the gradient; 0 switches clipping off
+  clip_from: int = 0  # the first step whose gradient is clipped
 
   def __post_init__(self):
-    for name in ("lr", "muon_lr", "warmup_steps", "end_factor", "eps", "weight_decay", "clip_norm"):
+    for name in (
+      *("lr", "muon_lr", "warmup_steps", "end_factor", "eps", "weight_decay"),
+      *("clip_norm", "clip_from"),
+    ):
       if getattr(self, name) < 0:
         raise ConfigError(f"{name} is {getattr(self, name)}: it cannot be negative.")
     for name in ("b1", "b2"):
@@ -101,6 +106,9 @@ class EncodeStage:
   buckets: tuple[str, ...] = ()
   batch: int = 16
   shard_examples: int = 512  # records of one file
+  # Latents are multiplied by it when they are read (Stable Diffusion's: 0.18215). None: each
+  # channel is brought to mean 0 and std 1.
+  latent_scale: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +122,9 @@ class TrainStage:
   buckets: dict[str, BucketConfig] = dataclasses.field(default_factory=dict)
   images_from_videos: bool = True  # frames of videos fill image buckets as well
   latents: str | None = None  # the encode stage whose latents are read; None: media, decoded
+  posterior: Literal["mean", "sample"] = "mean"  # of the autoencoder's distribution of latents
   init_from: str | None = None  # the stage whose averaged parameters this one starts from
+  init_weights: str | None = None  # or a safetensors file of others (Latte: DiT, PixArt, Latte)
   optimizer: OptimizerConfig = OptimizerConfig()
   ema_decay: float = 0.999
   # Passes of batch / accumulate examples for each optimizer step; -1: as many as leave one example
@@ -219,6 +229,22 @@ def backbone(size: str, *, dit: bool = False, **changes: Any) -> dict[str, Any]:
   model = backbone_lib.SIZES[size]
   model = backbone_lib.dit_arm(model) if dit else model
   return {**schema.to_plain(model), **changes}
+
+
+def latte(size: str, *, variant: int = 1, **changes: Any) -> dict[str, Any]:
+  """The "model" of a Latte: a named size, every key written out.
+
+  Args:
+    size: "S/2" to "XL/8".
+    variant: 1 to 4; 3 has fewer layers, so that all have about as many parameters.
+    **changes: keys of LatteConfig that differ.
+
+  Raises:
+    ConfigError: there is no such size.
+  """
+  if size not in latte_lib.SIZES:
+    raise ConfigError(f"unknown size {size!r}: {schema.suggest(size, list(latte_lib.SIZES))}")
+  return schema.to_plain(latte_lib.size(size, variant=variant, **changes))
 
 
 def experiment(*, name: str, stages: Mapping[str, Any], **values: Any) -> config_dict.ConfigDict:
@@ -351,12 +377,23 @@ def _check_train(made: Experiment, name: str, stage: TrainStage, before: tuple[s
         f"{stage.task.name}."
       )
     stage.task.check_origin(origin.task, path)
+  if stage.init_weights is not None:
+    if stage.init_from is not None:
+      raise ConfigError(f"{path}.init_from and {path}.init_weights are both set: unset one.")
+    if not hasattr(tasks.TASKS[stage.task.name], "from_weights"):
+      raise ConfigError(
+        f"{path}.init_weights is set, but {stage.task.name} starts from no weights of others: "
+        "unset it."
+      )
   source = tasks.TASKS[stage.task.name].source
   if source == "latents":
     if stage.latents is None:
       raise ConfigError(f"{path}.latents is not set: name the encode stage it reads from.")
     encode = _earlier(made, name, "latents", stage.latents, before, "encode")
-    missing = {bucket.name for bucket in stage.batches()} - set(encode.buckets)
+    wanted = set(stage.batches())
+    if stage.task.name == "latte" and stage.task.images:  # beside each clip
+      wanted |= {dataclasses.replace(bucket, frames=1) for bucket in wanted}
+    missing = {bucket.name for bucket in wanted} - set(encode.buckets)
     if missing:
       raise ConfigError(
         f"{path}.buckets has {', '.join(sorted(missing))}, which stage {stage.latents} does not "

@@ -88,6 +88,9 @@ def run(work: Workdir, name: str) -> None:
       folder.mkdir(parents=True, exist_ok=True)
       records.write_manifest(folder, shards, bucket=bucket, settings=settings)
     statistics = _statistics(work.folder(name) / "train", buckets)
+    if stage.latent_scale is not None:
+      channels = len(statistics["mean"])
+      statistics = {"mean": [0.0] * channels, "std": [1.0 / stage.latent_scale] * channels}
     files.write_text_atomic(
       work.folder(name) / STATISTICS_NAME, json.dumps({**statistics, **settings}, indent=2) + "\n"
     )

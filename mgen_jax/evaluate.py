@@ -36,8 +36,7 @@ from mgen_jax.errors import UserError
 from mgen_jax.evaluation import alignment, reconstruction, report
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel import rules
-from mgen_jax.sample import Generator
-from mgen_jax.tasks.text_to_video import SamplerConfig
+from mgen_jax.sample import AnySampler, Generator
 from mgen_jax.training import metrics
 from mgen_jax.workdir import Workdir
 
@@ -59,7 +58,7 @@ _PAIRS = 3  # shown of each kind
 _PACKAGES = ("mgen_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "av")
 
 
-def run(work: Workdir, name: str, sampler: SamplerConfig | None = None) -> None:
+def run(work: Workdir, name: str, sampler: AnySampler | None = None) -> None:
   """Runs the evaluate stage `name`; process 0 does, with its own devices.
 
   Args:
@@ -199,7 +198,7 @@ def _on_devices(compiled: Any, generator: Generator, clips: np.ndarray) -> np.nd
 
 
 def _sample(
-  work: Workdir, name: str, generator: Generator, index: ingest.Index, sampler: SamplerConfig
+  work: Workdir, name: str, generator: Generator, index: ingest.Index, sampler: AnySampler
 ) -> tuple[list[report.Sample], list[alignment.Verdict], int]:
   """Samples, judges (Marbles only) and writes.
 

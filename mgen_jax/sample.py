@@ -6,6 +6,7 @@
   python -m mgen_jax.sample --workdir=runs/quickstart --prompts_file=prompts.txt --aspect=5:3 \\
       --frames=24 --sampler=midpoint --num_steps=25 --guidance=4 --out=my_samples
   python -m mgen_jax.sample --workdir=runs/quickstart --prompt="a large red square" --frames=1
+  python -m mgen_jax.sample --workdir=runs/latte_marbles --class="red circle moves left"
 
 Writes one H.264 mp4 for each sample (a PNG where there is one frame) and one contact sheet, prints
 their paths, and replaces files of the same name. The same seed, prompt and options make the same
@@ -31,16 +32,17 @@ from mgen_jax import cli, schema
 from mgen_jax import config as config_lib
 from mgen_jax.data import ingest, media
 from mgen_jax.data.buckets import Bucket, parse_bucket
+from mgen_jax.diffusion import gaussian, samplers
 from mgen_jax.errors import UserError
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel import rules
-from mgen_jax.tasks import AutoencoderTask, TextToVideo, text_to_video
+from mgen_jax.tasks import GENERATORS, AutoencoderTask, Latte, TextToVideo, text_to_video
+from mgen_jax.tasks.latte import DiffusionSamplerConfig
 from mgen_jax.tasks.text_to_video import SamplerConfig
 from mgen_jax.training import runner
 from mgen_jax.training import state as state_lib
 from mgen_jax.workdir import Workdir, last_trained
 
-_TASK = "text_to_video"
 _BATCH = 32
 _ASPECT_TOLERANCE = 0.03  # 16:9 asks for a bucket of 7:4 too
 _SHEET_ROWS, _SHEET_COLUMNS = 24, 8
@@ -49,6 +51,7 @@ _LABEL = 120  # characters of a prompt under its row
 _NAME = 100  # and in a file name
 
 Progress = Callable[[int, int], None]
+AnySampler = SamplerConfig | DiffusionSamplerConfig
 
 
 class Generator:
@@ -65,7 +68,7 @@ class Generator:
   def __init__(
     self,
     stage: str,
-    generator: tuple[TextToVideo, Any],
+    generator: tuple[TextToVideo | Latte, Any],
     autoencoder: tuple[AutoencoderTask, Any],
     latents: Mapping[str, Sequence[float]],
     mesh: jax.sharding.Mesh,
@@ -83,7 +86,7 @@ class Generator:
     self._axis = text_to_video.sample_axis(mesh)
     self._mean = np.asarray(latents["mean"], np.float32)
     self._std = np.asarray(latents["std"], np.float32)
-    self._programs: dict[tuple[Bucket, SamplerConfig], Callable] = {}
+    self._programs: dict[tuple[Bucket, AnySampler], Callable] = {}
 
   @classmethod
   def load(
@@ -106,7 +109,7 @@ class Generator:
       UserError: there is no such stage, no checkpoint that can be used, or a mesh that does not
         fit the devices.
     """
-    name = last_trained(work, _TASK) if stage is None else _named_stage(work, stage)
+    name = last_trained(work, *GENERATORS) if stage is None else _named_stage(work, stage)
     devices = devices or jax.local_devices()
     if mesh is None:
       sampler = work.experiment.stages[name].task.sampler
@@ -132,7 +135,7 @@ class Generator:
     prompts: Sequence[str],
     bucket: Bucket,
     seeds: Sequence[int],
-    sampler: SamplerConfig | None = None,
+    sampler: AnySampler | None = None,
     *,
     batch: int | None = None,
     progress: Progress | None = None,
@@ -167,12 +170,12 @@ class Generator:
     if (bucket, sampler) not in self._programs:
       self._programs[bucket, sampler] = self._compile(bucket, sampler)
     program = self._programs[bucket, sampler]
-    tokens = self.task.tokenize(list(prompts))
+    text = self.task.conditions(list(prompts))
     numbers = np.asarray(seeds, np.int32)
     videos = []
     for start in range(0, count, size):
       rows = np.minimum(np.arange(start, start + size), count - 1)
-      video, finite = self._run(program, tokens[rows], numbers[rows])
+      video, finite = self._run(program, {k: x[rows] for k, x in text.items()}, numbers[rows])
       if not finite:
         raise UserError(
           f"samples of stage {self.stage} with guidance {sampler.guidance:g} are not finite: lower "
@@ -183,23 +186,26 @@ class Generator:
         progress(min(start + size, count), count)
     return np.concatenate(videos)
 
-  def _compile(self, bucket: Bucket, sampler: SamplerConfig) -> Callable:
-    """(parameters of both, tokens [B, S], seeds [B]) -> uint8 [B, T, H, W, 3], all finite?"""
+  def _compile(self, bucket: Bucket, sampler: AnySampler) -> Callable:
+    """(parameters of both, text [B, ...], seeds [B]) -> uint8 [B, T, H, W, 3], all finite?"""
 
-    def program(params, autoencoder_params, tokens, seeds):
+    def program(params, autoencoder_params, text, seeds):
       keys = jax.vmap(lambda seed: state_lib.stream_key(seed, "sample", 0))(seeds)
-      latents = self.task.sample(params, {"tokens": tokens}, keys, bucket, sampler=sampler)
+      latents = self.task.sample(params, text, keys, bucket, sampler=sampler)
       latents = latents * self._std + self._mean
       video = self.autoencoder.decode(autoencoder_params, latents, bucket.frames)
       return video, jnp.isfinite(latents).all()
 
     return jax.jit(program)
 
-  def _run(self, program: Callable, tokens: np.ndarray, seeds: np.ndarray) -> tuple:
+  def _run(self, program: Callable, text: dict[str, np.ndarray], seeds: np.ndarray) -> tuple:
+    def put(x):
+      axes = (self._axis,) + (None,) * (x.ndim - 1)
+      return jax.device_put(x, rules.sharding(self.mesh, axes))
+
     with mesh_lib.use(self.mesh):
-      tokens = jax.device_put(tokens, rules.sharding(self.mesh, (self._axis, None)))
-      seeds = jax.device_put(seeds, rules.sharding(self.mesh, (self._axis,)))
-      return jax.device_get(program(self.params, self.autoencoder_params, tokens, seeds))
+      text, seeds = jax.tree.map(put, (text, seeds))
+      return jax.device_get(program(self.params, self.autoencoder_params, text, seeds))
 
 
 def frame_rate(work: Workdir) -> float:
@@ -272,7 +278,7 @@ def _named_stage(work: Workdir, stage: str) -> str:
   known = [
     name
     for name, config in work.experiment.stages.items()
-    if isinstance(config, config_lib.TrainStage) and config.task.name == _TASK
+    if isinstance(config, config_lib.TrainStage) and config.task.name in GENERATORS
   ]
   if stage not in known:
     raise UserError(
@@ -301,7 +307,7 @@ def draw(
   out: Path,
   *,
   bucket: Bucket,
-  sampler: SamplerConfig | None = None,
+  sampler: AnySampler | None = None,
   seed: int = 0,
   samples: int = 1,
 ) -> Drawn:
@@ -310,9 +316,9 @@ def draw(
   Raises:
     UserError: they cannot be drawn or written.
   """
-  generator.task.tokenize(list(prompts))  # refuses prompts that the model cannot read
+  generator.task.conditions(list(prompts))  # refuses prompts that the model cannot read
   limit = generator.task.config.text.max_length - 1
-  for prompt in prompts:
+  for prompt in prompts if isinstance(generator.task, TextToVideo) else ():
     if len(prompt.encode()) > limit:
       logging.warning("the model reads the first %d bytes of the prompt %r", limit, prompt[:60])
   texts = [prompt for prompt in prompts for _ in range(samples)]
@@ -381,11 +387,12 @@ def define_sampler_flags(values: flags.FlagValues) -> None:
   to = {"flag_values": values}
   flags.DEFINE_integer("num_steps", None, "Solver steps: more are slower and finer.", **to)
   flags.DEFINE_float("guidance", None, "How strongly to follow the text; 1: not helped.", **to)
-  flags.DEFINE_enum("sampler", None, ["euler", "midpoint", "heun"], "Solver.", **to)
+  solvers = [*samplers.SOLVERS, *gaussian.SAMPLERS]
+  flags.DEFINE_enum("sampler", None, solvers, "Solver; the last three are those of Latte.", **to)
   flags.DEFINE_enum("grid", None, ["linear", "quadratic", "linear_quadratic"], "Times.", **to)
 
 
-def sampler_from_flags(values: flags.FlagValues, base: SamplerConfig) -> SamplerConfig:
+def sampler_from_flags(values: flags.FlagValues, base: AnySampler) -> AnySampler:
   """`base` with what the flags change.
 
   Raises:
@@ -401,11 +408,15 @@ def sampler_from_flags(values: flags.FlagValues, base: SamplerConfig) -> Sampler
     )
     if values[flag].value is not None
   }
+  if isinstance(base, DiffusionSamplerConfig) and "grid" in given:
+    raise UserError("--grid is of flow matching, and this model is sampled by diffusion: leave it.")
   made = dataclasses.replace(base, **given)
   if made.num_steps < 1:
     raise UserError(f"--num_steps={made.num_steps} is too few: use 1 or more, like 25.")
   if not (math.isfinite(made.guidance) and made.guidance >= 0):
     raise UserError(f"--guidance={made.guidance} cannot be used: use 0 or more, like 4.")
+  if isinstance(made, DiffusionSamplerConfig):
+    return made
   # The grid stands for at least as many linear steps as it has of its own.
   return dataclasses.replace(made, linear_steps=max(made.linear_steps, made.num_steps))
 
@@ -415,6 +426,7 @@ def define_flags(values: flags.FlagValues) -> None:
   to = {"flag_values": values}
   flags.DEFINE_string("workdir", None, "Folder of the run, like runs/quickstart.", **to)
   flags.DEFINE_multi_string("prompt", [], "What to show; repeat the flag for several.", **to)
+  flags.DEFINE_multi_string("class", [], "Name of a class, for a model of classes.", **to)
   flags.DEFINE_string("prompts_file", None, "A text file with one prompt on each line.", **to)
   flags.DEFINE_string("stage", None, "Default: the last stage that was trained.", **to)
   flags.DEFINE_string("out", None, "Folder to write to; default: WORKDIR/samples.", **to)
@@ -431,9 +443,15 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   del argv
   if values.workdir is None:
     raise UserError("--workdir is missing: name the folder of a run, like runs/quickstart.")
-  prompts = [*values.prompt, *_prompts_of_file(values.prompts_file)]
+  prompts = [*values.prompt, *values["class"].value, *_prompts_of_file(values.prompts_file)]
+  work = Workdir.open(values.workdir)
+  if not prompts and _is_unconditional(work, values.stage):
+    prompts = [""]
   if not prompts:
-    raise UserError('no prompt is given: add --prompt="..." or --prompts_file=FILE.')
+    raise UserError(
+      'no prompt is given: add --prompt="..." or --prompts_file=FILE, or --class=NAME for a model '
+      "of classes."
+    )
   if values.samples < 1:
     raise UserError(f"--samples={values.samples} is too few: use 1 or more.")
   if not 0 <= values.seed <= 2**31 - values.samples:
@@ -441,7 +459,6 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   if values.aspect is not None:
     parse_aspect(values.aspect)
   sampler_from_flags(values, SamplerConfig())  # faults before the model is read
-  work = Workdir.open(values.workdir)
   mesh = None if values.mesh is None else mesh_lib.parse(values.mesh)
   generator = Generator.load(work, values.stage, mesh=mesh)
   bucket = choose_bucket(generator.trained, values.frames, values.aspect)
@@ -462,6 +479,13 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   )
   for path in [*drawn.samples, drawn.sheet]:
     print(path)
+
+
+def _is_unconditional(work: Workdir, stage: str | None) -> bool:
+  """Whether the model to be sampled knows neither text nor classes."""
+  name = last_trained(work, *GENERATORS) if stage is None else _named_stage(work, stage)
+  task = work.experiment.stages[name].task
+  return task.name == "latte" and task.condition == "none"
 
 
 def _prompts_of_file(path: str | None) -> list[str]:

@@ -163,8 +163,8 @@ class Workdir:
     )
 
 
-def last_trained(work: Workdir, task: str) -> str:
-  """The last finished train stage of a task.
+def last_trained(work: Workdir, *names: str) -> str:
+  """The last finished train stage of one of the tasks `names`.
 
   Raises:
     UserError: there is none.
@@ -173,12 +173,12 @@ def last_trained(work: Workdir, task: str) -> str:
     config = work.experiment.stages[name]
     if (
       isinstance(config, config_lib.TrainStage)
-      and config.task.name == task
+      and config.task.name in names
       and work.done_record(name) is not None
     ):
       return name
   raise UserError(
-    f"{work.root} has no finished stage that trains {task}: run the experiment first."
+    f"{work.root} has no finished stage that trains {' or '.join(names)}: run the experiment first."
   )
 
 

@@ -187,6 +187,35 @@ class LatentSource:
     }
 
 
+class JointSource:
+  """Clips, each with images drawn from another source beside it (joint image-video training).
+
+  An example is that of the clip with "images", a list of `count` examples of `images`: drawn at
+  random and independently of the clip, or the first ones without `rng`.
+  """
+
+  def __init__(self, clips: Source, images: Source, count: int):
+    if not len(images):
+      raise UserError(
+        f"{count} images are to come beside each clip, and the image bucket has no examples: add "
+        "clips or images of its shape."
+      )
+    self.clips = clips
+    self.images = images
+    self.count = count
+    self.digest = _sha256([clips.digest, images.digest, count])
+
+  def __len__(self) -> int:
+    return len(self.clips)
+
+  def example(self, index: int, rng: np.random.Generator | None) -> Example:
+    chosen = (
+      np.arange(self.count) if rng is None else rng.integers(len(self.images), size=self.count)
+    )
+    images = [self.images.example(int(i) % len(self.images), rng) for i in chosen]
+    return {**self.clips.example(index, rng), "images": images}
+
+
 # --------------------------------------------------------------------------------------------------
 # Streams.
 

@@ -20,6 +20,7 @@ def guided(
   no_condition: Any,
   scale: Array | float,
   *,
+  channels: int | None = None,
   gather: Callable[[Any], Any] = lambda tree: tree,
   spread: Callable[[Any], Any] = lambda tree: tree,
 ) -> Callable[[Array, Array], Array]:
@@ -30,6 +31,8 @@ def guided(
     condition: tree of arrays with a leading B.
     no_condition: the same tree for the empty condition.
     scale: w. A Python 1.0 (or 1) drops the unconditional branch.
+    channels: only so many of the first channels (the last axis) are guided, the others are those of
+      the conditional branch: Latte guides the noise and not the variance. None: all.
     gather: where on the mesh the arrays of B examples lie, as a constraint on a tree of them.
     spread: likewise for the 2B of both branches, of which the first B are conditional.
 
@@ -46,6 +49,10 @@ def guided(
 
   def u(x, t):
     out = velocity(join(x, x), join(t, t), both)
-    return gather(combine(*jnp.split(out, 2), scale))
+    conditional, unconditional = jnp.split(out, 2)
+    made = combine(conditional[..., :channels], unconditional[..., :channels], scale)
+    if channels is not None:
+      made = jnp.concatenate([made, conditional[..., channels:]], -1)
+    return gather(made)
 
   return u

@@ -117,6 +117,7 @@ class MLP(nn.Module):
   use_bias: bool = False
   dtype: str = "float32"
   activation_axes: tuple[str, ...] = ("batch", "tokens", "act_mlp")
+  kernel_init: Initializer = fan_in_init
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -125,8 +126,15 @@ class MLP(nn.Module):
       raise ValueError(f"unknown activation {self.activation!r}: use one of {sorted(functions)}")
 
     def dense(features, axes, name):
-      inputs = self.activation_axes[:2]
-      return Dense(features, axes, self.use_bias, self.dtype, inputs=inputs, name=name)
+      return Dense(
+        features,
+        axes,
+        self.use_bias,
+        self.dtype,
+        self.kernel_init,
+        inputs=self.activation_axes[:2],
+        name=name,
+      )
 
     def project(name):
       return checkpoint_name(dense(self.hidden, ("embed", "mlp"), name)(x), "mlp_projection")

@@ -44,6 +44,13 @@ def rotary_angles(grid: Sequence[int], head_dim: int, theta: float) -> Array:
   return jnp.concatenate(angles, -1).reshape(-1, half)
 
 
+def line_angles(n: int, head_dim: int, theta: float) -> Array:
+  """Rotary angles along one axis: [n, head_dim / 2] fp32."""
+  pairs = head_dim // 2
+  frequencies = theta ** -(jnp.arange(pairs, dtype=jnp.float32) / pairs)
+  return jnp.arange(n, dtype=jnp.float32)[:, None] * frequencies
+
+
 def rotate(x: Array, angles: Array) -> Array:
   """Turns the pairs (i, i + head_dim / 2) of x [B, N, H, head_dim] by angles [N, head_dim / 2].
 

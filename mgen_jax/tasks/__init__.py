@@ -4,14 +4,22 @@ To add one, write the file with a config dataclass (first field `name`) and a cl
 here.
 """
 
+from typing import Any
+
 from mgen_jax.tasks.autoencoder import AutoencoderTask, AutoencoderTaskConfig
 from mgen_jax.tasks.base import Task
+from mgen_jax.tasks.latte import Latte, LatteTaskConfig
 from mgen_jax.tasks.text_to_video import TextToVideo, TextToVideoConfig
 
-TASKS = {"autoencoder": AutoencoderTask, "text_to_video": TextToVideo}
-CONFIGS = {"autoencoder": AutoencoderTaskConfig, "text_to_video": TextToVideoConfig}
+TASKS = {"autoencoder": AutoencoderTask, "latte": Latte, "text_to_video": TextToVideo}
+CONFIGS = {
+  "autoencoder": AutoencoderTaskConfig,
+  "latte": LatteTaskConfig,
+  "text_to_video": TextToVideoConfig,
+}
+GENERATORS = ("latte", "text_to_video")  # whose samples are latents, to be decoded
 
 
-def make(config: AutoencoderTaskConfig | TextToVideoConfig) -> Task:
+def make(config: Any) -> Task:
   """The task that a config describes."""
   return TASKS[config.name](config)

@@ -2,7 +2,7 @@
 serve it. No task is in here."""
 
 import dataclasses
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -63,3 +63,22 @@ class Task(Protocol):
 
   def prepare(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
     """Turns one record (see `data/records.py`) into its row of the batch, on the host."""
+
+
+@runtime_checkable
+class JointTask(Protocol):
+  """A task that learns from images beside its clips."""
+
+  def images(self, bucket: Bucket) -> int:
+    """How many come beside one example of a bucket; "images" of what `prepare` is given."""
+
+
+@runtime_checkable
+class ImportTask(Protocol):
+  """A task that can start from the weights of others."""
+
+  def from_weights(self, flat: dict[str, np.ndarray], fresh: Any) -> Any:
+    """Parameters from arrays by their names there; `fresh` are this task's own at its start.
+
+    Raises UserError where they do not fit.
+    """

@@ -291,6 +291,10 @@ class TextToVideo:
     """Captions -> int32 tokens [B, S]; raises UserError where the model reads features."""
     return self._text.tokenize(prompts)
 
+  def conditions(self, prompts: list[str]) -> dict[str, np.ndarray]:
+    """Captions as entries of a batch to sample; raises UserError where they cannot be read."""
+    return {"tokens": self.tokenize(prompts)}
+
   def prepare(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
     """A record {"latents", "caption", ...} -> one row of the batch."""
     return {
@@ -304,10 +308,11 @@ def evaluations(sampler: SamplerConfig) -> int:
   return sampler.num_steps * samplers.EVALUATIONS.get(sampler.method, 1)
 
 
-def sampling_mesh(sampler: SamplerConfig, devices: int) -> MeshConfig:
+def sampling_mesh(sampler: Any, devices: int) -> MeshConfig:
   """The mesh that samples are drawn on where none is asked for: each device draws its own, and
   with the branches of guidance on halves of the devices, two replicas of the model are needed."""
-  split = sampler.guidance_split == "mesh" and devices % 2 == 0
+  asked = isinstance(sampler, SamplerConfig) and sampler.guidance_split == "mesh"
+  split = asked and devices % 2 == 0
   return MeshConfig(replica=2 if split else 1)
 
 

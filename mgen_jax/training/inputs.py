@@ -13,7 +13,7 @@ from mgen_jax.config import TrainStage
 from mgen_jax.data import ingest, pipeline, records
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.errors import UserError
-from mgen_jax.tasks.base import Task
+from mgen_jax.tasks.base import JointTask, Task
 from mgen_jax.training import loop
 from mgen_jax.workdir import Workdir, read_json
 
@@ -29,13 +29,23 @@ class Prepare:
 
   task: Task
   latents: Mapping[str, Any] | None = None  # {"mean": [C], "std": [C], ...}
+  sample: bool = False  # draw latents from their distribution, where something is drawn at all
 
   def __call__(self, example: dict[str, Any], rng: np.random.Generator | None) -> dict[str, Any]:
-    del rng
     if self.latents is not None:
-      mean, std = (np.asarray(self.latents[key], np.float32) for key in ("mean", "std"))
-      example = {**example, "latents": (example["mean"].astype(np.float32) - mean) / std}
+      example = self._normalised(example, rng)
     return self.task.prepare(example)
+
+  def _normalised(self, example: dict[str, Any], rng: np.random.Generator | None) -> dict[str, Any]:
+    mean, std = (np.asarray(self.latents[key], np.float32) for key in ("mean", "std"))
+    latents = example["mean"].astype(np.float32)
+    if self.sample and rng is not None:
+      spread = np.exp(0.5 * example["logvar"].astype(np.float32))
+      latents = latents + spread * rng.standard_normal(latents.shape, np.float32)
+    made = {**example, "latents": (latents - mean) / std}
+    if "images" in example:  # of a JointSource
+      made["images"] = [self._normalised(image, rng) for image in example["images"]]
+    return made
 
 
 def make_stream(work: Workdir, name: str, task: Task) -> tuple[loop.Stream, dict[str, Any] | None]:
@@ -50,13 +60,13 @@ def make_stream(work: Workdir, name: str, task: Task) -> tuple[loop.Stream, dict
     train, held_out = _media_sources(work, stage)
   else:
     latents = read_json(work.folder(stage.latents) / STATISTICS_NAME)
-    train, held_out = _latent_sources(work, stage)
+    train, held_out = _latent_sources(work, stage, task)
   buckets = _with_examples(name, stage, train)
   common = {
     "process_index": jax.process_index(),
     "process_count": jax.process_count(),
     "threads": stage.threads,
-    "transform": Prepare(task, latents),
+    "transform": Prepare(task, latents, stage.posterior == "sample"),
   }
 
   def start(step: int) -> pipeline.Stream:
@@ -106,14 +116,22 @@ def _media_sources(work: Workdir, stage: TrainStage) -> tuple[dict, dict]:
   return both[0], both[1]
 
 
-def _latent_sources(work: Workdir, stage: TrainStage) -> tuple[dict, dict]:
-  """The same from the records of the encode stage."""
+def _latent_sources(work: Workdir, stage: TrainStage, task: Task) -> tuple[dict, dict]:
+  """The same from the records of the encode stage, with images where the task wants them."""
   both = []
   for split in ("train", "held_out"):
+
+    def read(bucket: Bucket, split: str = split) -> pipeline.Source:
+      folder = work.folder(stage.latents) / split / bucket.name
+      return pipeline.LatentSource(records.open_records(folder))
+
     sources = {}
     for bucket in stage.batches():
-      folder = work.folder(stage.latents) / split / bucket.name
-      sources[bucket] = pipeline.LatentSource(records.open_records(folder))
+      sources[bucket] = read(bucket)
+      images = task.images(bucket) if isinstance(task, JointTask) else 0
+      if images and len(sources[bucket]):
+        still = read(dataclasses.replace(bucket, frames=1))
+        sources[bucket] = pipeline.JointSource(sources[bucket], still, images)
     both.append(sources)
   return both[0], both[1]
 

@@ -30,7 +30,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
   """The gradient transformation of a stage of `steps` steps."""
   parts = []
   if config.clip_norm:
-    parts.append(optax.clip_by_global_norm(config.clip_norm))
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    if config.clip_from:
+      clip = optax.conditionally_transform(clip, lambda step, **_: step >= config.clip_from)
+    parts.append(clip)
   schedule = make_schedule(config, steps)
   if config.name == "muon":
     ratio = config.muon_lr / config.lr
@@ -62,14 +65,15 @@ def matrix_dimensions(params: Any) -> Any:
   """Which parameters are matrices, and along which axes, for Muon.
 
   Every leaf called "kernel": its last axis is the output, the others together are the input, and
-  in a stack of "layers" the first axis counts layers. Norms, biases and tables are none.
+  in a stack of layers ("layers", "spatial_layers") the first axis counts layers. Norms, biases and
+  tables are none.
   """
 
   def one(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
     names = [getattr(entry, "key", None) for entry in path]
     if names[-1] != "kernel":
       return None
-    first = 1 if "layers" in names else 0
+    first = 1 if any(str(name).endswith("layers") for name in names) else 0
     return optax.contrib.MuonDimensionNumbers(tuple(range(first, leaf.ndim - 1)), leaf.ndim - 1)
 
   return jax.tree_util.tree_map_with_path(one, params)

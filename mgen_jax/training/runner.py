@@ -14,6 +14,7 @@ from mgen_jax.tasks.base import Task
 from mgen_jax.training import inputs, loop
 from mgen_jax.training import state as state_lib
 from mgen_jax.training.checkpoint import Checkpoints
+from mgen_jax.weights import files as weight_files
 from mgen_jax.workdir import Workdir
 
 
@@ -39,6 +40,9 @@ def run(work: Workdir, name: str) -> None:
   if stage.init_from is not None:
     logging.info("stage %s starts from the averaged parameters of %s", name, stage.init_from)
     load_initial = functools.partial(_load_origin, work, name, task, mesh)
+  elif stage.init_weights is not None:
+    logging.info("stage %s starts from %s", name, stage.init_weights)
+    load_initial = functools.partial(_load_weights, work, name, task)
   seconds = loop.train(
     task,
     stage,
@@ -90,6 +94,18 @@ def _load_origin(
     return task.adapt(params, state_lib.init_params(task, key))
 
   return jax.jit(fit, out_shardings=layout)(params)
+
+
+def _load_weights(work: Workdir, name: str, task: Task, shapes: Any, layout: Any) -> Any:
+  """Parameters that start from a safetensors file of others; what it lacks is random."""
+  flat = weight_files.read_tensors(work.experiment.stages[name].init_weights)
+  key = state_lib.stream_key(work.experiment.seed, "init", 0)
+  fresh = jax.device_get(jax.jit(functools.partial(state_lib.init_params, task))(key))
+  made = task.from_weights(flat, fresh)
+  found = jax.tree.map(lambda leaf: leaf.shape, made)
+  if found != jax.tree.map(lambda leaf: leaf.shape, shapes):
+    raise UserError(f"the weights of stage {name} do not fill its model: give both the same size.")
+  return jax.tree.map(jax.device_put, made, layout)
 
 
 def _load_ema(folder: Path, shapes: Any, layout: Any) -> Any:

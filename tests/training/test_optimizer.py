@@ -97,3 +97,20 @@ def test_impossible_values_are_refused():
   with pytest.raises(ConfigError, match=r"lr is -1\.0"):
     OptimizerConfig(lr=-1.0)
   assert isinstance(optimizer.make_optimizer(OptimizerConfig(), 5), optax.GradientTransformation)
+
+
+def test_clipping_can_begin_later():
+  made = optimizer.make_optimizer(OptimizerConfig(clip_norm=0.1, clip_from=2, b1=0.0), 10)
+  params = {"kernel": jnp.zeros((2, 2))}
+  held, norms = made.init(params), []
+  for _ in range(4):
+    _, held = made.update({"kernel": jnp.ones((2, 2))}, held, params)
+    # Without momentum, the first moment of Adam is the gradient as it was clipped.
+    norms.append(float(optax.tree.norm(optax.tree.get(held, "mu"))))
+  np.testing.assert_allclose(norms, [2.0, 2.0, 0.1, 0.1], rtol=1e-5)
+
+
+def test_every_stack_of_layers_is_one_for_muon():
+  leaf = jnp.zeros((3, 4, 5))
+  dims = optimizer.matrix_dimensions({"spatial_layers": {"block": {"kernel": leaf}}})
+  assert dims["spatial_layers"]["block"]["kernel"].reduction_axis == (1,)

@@ -1,0 +1,145 @@
+"""The table of Latte's ablations on Marbles: every trained arm of a run, drawn and judged alike.
+
+  python -m mgen_jax.main --config=experiments/latte_ablations_marbles.py --workdir=runs/ablations
+  python -m benchmarks.latte_ablations --workdir=runs/ablations --samples=96 --out=table.json
+
+For each arm: the Frechet distance of its samples to real clips on fixed features (see
+`mgen_jax/evaluation/frechet.py`; compare within the table only), how often the judge sees the
+colour, shape and direction of the class, the last training loss, seconds and parameters. Writes
+the table as JSON, as Markdown, and as a picture beside it.
+"""
+
+import argparse
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mgen_jax import config as config_lib
+from mgen_jax.data import ingest, marbles, pipeline
+from mgen_jax.evaluation import alignment, frechet
+from mgen_jax.sample import Generator
+from mgen_jax.training import metrics
+from mgen_jax.workdir import Workdir
+
+Row = dict[str, Any]
+
+
+def arms(work: Workdir) -> list[str]:
+  """The finished stages that train a Latte on clips, in order."""
+  return [
+    name
+    for name in work.experiment.recipe
+    if isinstance(stage := work.experiment.stages[name], config_lib.TrainStage)
+    and stage.task.name == "latte"
+    and any(not bucket.is_image for bucket in stage.batches())
+    and work.done_record(name) is not None
+  ]
+
+
+def real_clips(work: Workdir, bucket: Any, count: int) -> np.ndarray:
+  """uint8 [count, T, H, W, 3] of the data, centre windows."""
+  index = ingest.load(work.folder(config_lib.ingest_of(work.experiment)))
+  sources, _ = pipeline.media_sources(index, [bucket], split="train", fps=work.experiment.data.fps)
+  source = sources[bucket]
+  chosen = np.random.default_rng(0).choice(len(source), min(count, len(source)), replace=False)
+  return np.stack([source.example(int(i), None)["video"] for i in chosen])
+
+
+def prompts_of(world: marbles.WorldConfig, count: int) -> list[marbles.Prompt]:
+  """As many of each class as of any other, in a fixed order."""
+  classes = list(itertools.product(world.colours, world.shapes, world.motions))
+  order = np.random.default_rng(1).permutation(len(classes))
+  chosen = [classes[order[i % len(order)]] for i in range(count)]
+  return [
+    marbles.Prompt(f"{colour} {shape} {motion}", colour, shape, motion, world.sizes[0])
+    for colour, shape, motion in chosen
+  ]
+
+
+def measure(work: Workdir, samples: int = 96, names: Sequence[str] | None = None) -> list[Row]:
+  """One row for each arm; see the docstring of this file."""
+  rows, real = [], None
+  world = work.experiment.data.marbles.world
+  prompts = prompts_of(world, samples)
+  for name in arms(work) if names is None else names:
+    generator = Generator.load(work, name)
+    bucket = max(generator.trained)
+    if real is None:
+      real = frechet.features(real_clips(work, bucket, max(samples, 256)))
+    texts = [prompt.text for prompt in prompts]
+    videos = generator.generate(texts, bucket, list(range(samples)))
+    verdicts = [alignment.judge_video(v, p, world) for v, p in zip(videos, prompts, strict=True)]
+    shares = alignment.accuracies(verdicts)
+    losses = [line["loss"] for line in metrics.read(str(work.folder(name))) if "loss" in line]
+    rows.append(
+      {
+        "arm": name,
+        "frechet": round(frechet.distance(real, frechet.features(videos)), 4),
+        **{key: round(shares[key], 3) for key in ("colour", "shape", "direction")},
+        "loss": round(float(losses[-1]), 4) if losses else None,
+        "seconds": work.done_record(name)["seconds"],
+        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(generator.params)),
+      }
+    )
+    print(rows[-1], flush=True)
+  return rows
+
+
+def markdown(rows: Sequence[Row]) -> str:
+  """The rows as a table."""
+  keys = list(rows[0])
+  lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+  lines += ["| " + " | ".join(str(row[key]) for key in keys) + " |" for row in rows]
+  return "\n".join(lines) + "\n"
+
+
+def plot(rows: Sequence[Row], chance: dict[str, float]) -> Any:
+  """Two panels: the distance of each arm, and what the judge sees beside chance."""
+  from matplotlib import figure as figures
+
+  figure = figures.Figure(figsize=(11, 4), layout="constrained")
+  left, right = figure.subplots(1, 2)
+  names = [row["arm"] for row in rows]
+  left.barh(names, [row["frechet"] for row in rows], color="#4477aa")
+  left.set_xlabel("Frechet distance on fixed features (less is better)")
+  left.invert_yaxis()
+  places = np.arange(len(rows))
+  for offset, key, colour in ((-0.25, "colour", "#cc6677"), (0, "shape", "#ddaa33"),
+                              (0.25, "direction", "#228833")):  # fmt: skip
+    right.bar(places + offset, [row[key] for row in rows], 0.25, label=key, color=colour)
+    right.axhline(chance[key], color=colour, linewidth=0.8, linestyle=":")
+  right.set_xticks(places, names, rotation=40, ha="right")
+  right.set_ylabel("share that is right (dotted: chance)")
+  right.set_ylim(0, 1)
+  right.legend()
+  return figure
+
+
+def main() -> None:
+  """Reads the flags, measures, writes."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--workdir", required=True, help="Of the run.")
+  parser.add_argument("--samples", type=int, default=96, help="For each arm (default: 96).")
+  parser.add_argument("--arms", help="Some only, like v1,v2.")
+  parser.add_argument("--out", help="JSON; .md and .png beside it. Default: WORKDIR/ablations.json")
+  values = parser.parse_args()
+  work = Workdir.open(values.workdir)
+  rows = measure(work, values.samples, values.arms.split(",") if values.arms else None)
+  out = Path(values.out) if values.out else work.root / "ablations.json"
+  out.write_text(json.dumps(rows, indent=2) + "\n")
+  out.with_suffix(".md").write_text(markdown(rows))
+  figure = plot(rows, alignment.chance(work.experiment.data.marbles.world))
+  figure.savefig(out.with_suffix(".png"), dpi=120)
+  print(markdown(rows))
+
+
+if __name__ == "__main__":
+  main()

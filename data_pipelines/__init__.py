@@ -1,0 +1,1 @@
+"""Data before training: nothing in mgen_jax imports this."""

@@ -1,0 +1,118 @@
+"""Latte at toy size on Marbles, on a laptop's CPU: the twin of every full-size Latte experiment.
+
+  python -m mgen_jax.main --config=experiments/latte_marbles.py --workdir=runs/latte_marbles
+  python -m mgen_jax.main --config=experiments/latte_marbles.py:ucf_joint --workdir=runs/latte_joint
+  python -m mgen_jax.sample --workdir=runs/latte_marbles --class="red circle moves left"
+
+Behind the colon stands whose twin it is:
+
+  ucf (default), ucf_joint      by class; with 8 images beside each clip     latte_xl2_ucf.py
+  ffs, ffs_joint                without condition                            latte_xl2_ffs.py,
+                                                                             _sky.py, _taichi.py
+  t2v                           by text, PixArt-style, after images          latte_t2v.py
+
+Hardware: 4 CPU cores. What it reaches, and in which time: docs/numbers.md, "Latte".
+
+The autoencoder codes each block of 8x8 pixels of each frame by itself. A class is a colour, a shape
+and a direction; sizes vary within it.
+"""
+
+import itertools
+
+from mgen_jax import config
+
+WORLD = {
+  "colours": ("red", "green", "blue", "yellow"),
+  "shapes": ("circle", "square", "cross"),
+  "motions": ("moves left", "moves right", "moves up", "moves down"),
+  "textures": ("plain",),
+  "backgrounds": ("dark grey",),
+  "cameras": ("static",),
+  "max_objects": 1,
+}
+CLASSES = tuple(
+  " ".join(words)
+  for words in itertools.product(WORLD["colours"], WORLD["shapes"], WORLD["motions"])
+)
+IMAGE, CLIP = "1x64x64", "8x64x64"
+VARIANTS = ("ucf", "ucf_joint", "ffs", "ffs_joint", "t2v")
+
+AUTOENCODER = {
+  "name": "autoencoder",
+  "model": {
+    "channels": 128, "multipliers": (1,), "patch": (1, 8, 8), "kernel": 1, "temporal": False,
+    "space_down": (), "time_down": (), "mid_attention": False, "norm": "rms", "res_blocks": 1,
+    "decoder_res_blocks": 1, "latent_channels": 8, "conv_method": "matmul",
+  },
+  "l2_weight": 1.0,
+  "kl_weight": 1e-3,
+}  # fmt: skip
+MODEL = {"layers": 6, "width": 192, "heads": 6, "in_channels": 8, "max_frames": 8, "scan_unroll": 3}
+
+
+def _task(condition, images):
+  task = {
+    "name": "latte",
+    "model": dict(MODEL),
+    "images": images,
+    "sampler": {"method": "ddim", "num_steps": 50},
+  }
+  if condition == "ucf":
+    task["model"]["classes"] = len(CLASSES)
+    task["class_names"] = CLASSES
+    task["sampler"]["guidance"] = 3.0
+  elif condition == "t2v":
+    task["model"] |= {"conditioning": "adaln_single", "context_widths": (64,)}
+    task["text"] = {
+      "width": 64, "layers": 1, "heads": 4, "mlp_width": 128, "max_words": 12, "max_length": 48,
+    }  # fmt: skip
+    task["sampler"]["guidance"] = 4.0
+  return task
+
+
+def get_config(twin="ucf"):
+  if twin not in VARIANTS:
+    raise config.ConfigError(f"unknown twin {twin!r}: use one of {', '.join(VARIANTS)}")
+  condition, _, joint = twin.partition("_")
+  muon = {"name": "muon", "schedule": "linear", "end_factor": 0.02, "warmup_steps": 30, "b2": 0.98}
+  train = {"kind": "train", "log_every": 50, "checkpoint_every": 250}
+  learn = {
+    **train,
+    "latents": "encode",
+    "optimizer": {**muon, "lr": 3e-3, "muon_lr": 0.03},
+    "ema_decay": 0.99,
+  }
+  clips = {f"b{CLIP}": {"batch": 32}}
+  stages = {
+    "ingest": {"kind": "ingest"},
+    "autoencoder": {
+      **train,
+      "task": AUTOENCODER,
+      "steps": 600,
+      "buckets": {f"b{IMAGE}": {"batch": 32}, f"b{CLIP}": {"batch": 8}},
+      "optimizer": {**muon, "lr": 3e-3, "muon_lr": 0.03},
+      "ema_decay": 0.98,
+    },
+    "encode": {"kind": "encode", "buckets": (IMAGE, CLIP)},
+  }
+  task = _task(condition, 8 if joint else 0)
+  if condition == "t2v":
+    stages["t2i"] = {**learn, "task": task, "steps": 500, "buckets": {f"b{IMAGE}": {"batch": 128}}}
+  stages["latte"] = {**learn, "task": task, "steps": 2000, "buckets": clips}
+  if condition == "t2v":
+    stages["latte"]["init_from"] = "t2i"
+  targets = {} if condition == "ffs" else {"colour": 0.9, "direction": 0.8, "shape": 0.7}
+  if condition != "ffs":  # without a condition there is nothing to judge by
+    stages["evaluate"] = {
+      "kind": "evaluate", "generator": "latte", "bucket": CLIP, "targets": targets,
+    }  # fmt: skip
+  return config.experiment(
+    name=f"latte_marbles_{twin}",
+    data={
+      "fps": 4.0,  # every second frame: 8 frames are 2 seconds
+      "marbles": {
+        "clips": 3000, "sizes": ((64, 64),), "frames": (16,), "sound": False, "world": WORLD,
+      },
+    },
+    stages=stages,
+  )  # fmt: skip

@@ -1,0 +1,36 @@
+"""The benchmarks of Latte compare the same step, and tell arms apart in a table."""
+
+import dataclasses
+
+import pytest
+
+from benchmarks import latte_ablations, latte_step
+from mgen_jax.data import marbles
+from mgen_jax.models import latte
+
+
+def test_both_sides_are_the_same_step():
+  pytest.importorskip("torch", reason="needs torch, of the extra test")
+  config = dataclasses.replace(latte.size("S/8"), layers=2, width=48, heads=4)
+  steps = latte_step.steps_of(config, frames=2, side=16)
+  assert steps["jax"]() == pytest.approx(steps["torch"](), rel=1e-5)
+
+
+def test_every_class_is_asked_for_alike():
+  world = marbles.WorldConfig(
+    colours=("red", "blue"), shapes=("circle",), motions=("moves left", "moves up")
+  )
+  prompts = latte_ablations.prompts_of(world, 8)
+  texts = [prompt.text for prompt in prompts]
+  assert {texts.count(text) for text in texts} == {2} and "red circle moves up" in texts
+
+
+def test_the_table_and_its_picture_hold_every_arm():
+  rows = [
+    {"arm": name, "frechet": 0.1, "colour": 0.9, "shape": 0.5, "direction": 0.7}
+    for name in ("v1", "v2")
+  ]
+  table = latte_ablations.markdown(rows).splitlines()
+  assert table[0].startswith("| arm | frechet") and len(table) == 4
+  figure = latte_ablations.plot(rows, {"colour": 0.5, "shape": 0.5, "direction": 0.25})
+  assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["v1", "v2"]
