@@ -31,6 +31,7 @@ from mgen_jax import cli, schema
 from mgen_jax import config as config_lib
 from mgen_jax.data import ingest, media
 from mgen_jax.data.buckets import Bucket, parse_bucket
+from mgen_jax.encoders import Prompt
 from mgen_jax.errors import UserError
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel import rules
@@ -49,6 +50,7 @@ _LABEL = 120  # characters of a prompt under its row
 _NAME = 100  # and in a file name
 
 Progress = Callable[[int, int], None]
+Reader = Callable[[Sequence[Prompt]], dict[str, np.ndarray]]
 
 
 class Generator:
@@ -72,14 +74,16 @@ class Generator:
     *,
     trained: Mapping[Bucket, float],
     fps: float,
+    reader: Reader,
   ):
-    """See `load`; `latents` holds "mean" and "std" of each channel, with which it was trained."""
+    """See `load`; `reader` makes of prompts what the generator reads; `latents` holds "mean" and "std" of each channel, with which it was trained."""
     self.stage = stage
     self.task, self.params = generator
     self.autoencoder, self.autoencoder_params = autoencoder
     self.trained = dict(trained)
     self.fps = fps
     self.mesh = mesh
+    self._read = reader
     # Over which devices the samples are split: not over replicas that share them for guidance.
     self._axis = "batch" if mesh.shape["replica"] == 1 else "samples"
     self._mean = np.asarray(latents["mean"], np.float32)
@@ -120,6 +124,7 @@ class Generator:
       mesh,
       trained={parse_bucket(b): batches[parse_bucket(b)].weight for b in meta["buckets"]},
       fps=frame_rate(work),
+      reader=task.reader(mesh),
     )
 
   def generate(
@@ -139,7 +144,7 @@ class Generator:
     may differ in the last bits.
 
     Args:
-      prompts: texts; what exceeds the text encoder's length is cut, "" is drawn without text.
+      prompts: texts; what exceeds the text encoders' length is cut, "" is drawn without text.
       bucket: the shape, one the model was trained on.
       seeds: one for each prompt, 0 to 2^31 - 1.
       sampler: solver, steps and guidance; those of the stage's config by default.
@@ -162,12 +167,12 @@ class Generator:
     if (bucket, sampler) not in self._programs:
       self._programs[bucket, sampler] = self._compile(bucket, sampler)
     program = self._programs[bucket, sampler]
-    tokens = self.task.tokenize(list(prompts))
+    text = self._read([self.prompt(text, bucket) for text in prompts])
     numbers = np.asarray(seeds, np.int32)
     videos = []
     for start in range(0, count, size):
       rows = np.minimum(np.arange(start, start + size), count - 1)
-      video, finite = self._run(program, tokens[rows], numbers[rows])
+      video, finite = self._run(program, {k: x[rows] for k, x in text.items()}, numbers[rows])
       if not finite:
         raise UserError(
           f"samples of stage {self.stage} with guidance {sampler.guidance:g} are not finite: lower "
@@ -178,23 +183,30 @@ class Generator:
         progress(min(start + size, count), count)
     return np.concatenate(videos)
 
-  def _compile(self, bucket: Bucket, sampler: SamplerConfig) -> Callable:
-    """(parameters of both, tokens [B, S], seeds [B]) -> uint8 [B, T, H, W, 3], all finite?"""
+  def prompt(self, text: str, bucket: Bucket) -> Prompt:
+    """A prompt with what stands before it in training: the frame rate of a video."""
+    return Prompt(text, 0.0 if bucket.is_image else self.fps)
 
-    def program(params, autoencoder_params, tokens, seeds):
+  def _compile(self, bucket: Bucket, sampler: SamplerConfig) -> Callable:
+    """(parameters of both, text [B, ...], seeds [B]) -> uint8 [B, T, H, W, 3], all finite?"""
+
+    def program(params, autoencoder_params, text, seeds):
       keys = jax.vmap(lambda seed: state_lib.stream_key(seed, "sample", 0))(seeds)
-      latents = self.task.sample(params, {"tokens": tokens}, keys, bucket, sampler=sampler)
+      latents = self.task.sample(params, text, keys, bucket, sampler=sampler)
       latents = latents * self._std + self._mean
       video = self.autoencoder.decode(autoencoder_params, latents, bucket.frames)
       return video, jnp.isfinite(latents).all()
 
     return jax.jit(program)
 
-  def _run(self, program: Callable, tokens: np.ndarray, seeds: np.ndarray) -> tuple:
+  def _run(self, program: Callable, text: dict[str, np.ndarray], seeds: np.ndarray) -> tuple:
+    def put(x):
+      axes = (self._axis,) + (None,) * (x.ndim - 1)
+      return jax.device_put(x, rules.sharding(self.mesh, axes))
+
     with mesh_lib.use(self.mesh):
-      tokens = jax.device_put(tokens, rules.sharding(self.mesh, (self._axis, None)))
-      seeds = jax.device_put(seeds, rules.sharding(self.mesh, (self._axis,)))
-      return jax.device_get(program(self.params, self.autoencoder_params, tokens, seeds))
+      text, seeds = jax.tree.map(put, (text, seeds))
+      return jax.device_get(program(self.params, self.autoencoder_params, text, seeds))
 
 
 def frame_rate(work: Workdir) -> float:
@@ -305,11 +317,9 @@ def draw(
   Raises:
     UserError: they cannot be drawn or written.
   """
-  generator.task.tokenize(list(prompts))  # refuses prompts that the model cannot read
-  limit = generator.task.config.text.max_length - 1
   for prompt in prompts:
-    if len(prompt.encode()) > limit:
-      logging.warning("the model reads the first %d bytes of the prompt %r", limit, prompt[:60])
+    for words in generator.task.too_long(generator.prompt(prompt, bucket)):
+      logging.warning("%s of the prompt %r", words, prompt[:60])
   texts = [prompt for prompt in prompts for _ in range(samples)]
   seeds = [seed + number for _ in prompts for number in range(samples)]
 

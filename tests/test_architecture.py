@@ -12,7 +12,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-BELOW_TASKS = {"errors", "schema", "parallel", "data", "models", "diffusion"}
+BELOW_TASKS = {"errors", "schema", "parallel", "data", "models", "diffusion", "encoders"}
 BELOW_TRAINING = BELOW_TASKS | {"tasks", "config", "workdir"}
 LIBRARY = BELOW_TRAINING | {"training", "planning", "evaluation", "cli"}
 COMMANDS = {"main", "ingest", "plan", "encode", "sample", "evaluate", "convert"}
@@ -26,10 +26,11 @@ MAY_IMPORT = {
   "data": {"errors"},
   "diffusion": {"errors"},
   "models": {"errors", "parallel"},
+  "encoders": {"errors", "schema", "parallel", "data", "models"},  # data: whole files or none
   "tasks": BELOW_TASKS,
   "config": BELOW_TASKS | {"tasks"},  # where the parts' configs meet
   "workdir": {"errors", "schema", "data", "config"},
-  "training": BELOW_TRAINING - {"models", "diffusion"},  # it knows no model
+  "training": BELOW_TRAINING - {"models", "diffusion", "encoders"},  # it knows no model
   "planning": BELOW_TRAINING | {"training"},  # compiles what training would run
   "evaluation": {"errors", "schema", "data", "models", "diffusion"},
   "cli": {"errors", "schema", "training"},

@@ -20,7 +20,7 @@ from mgen_jax.config import Experiment, TrainStage
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.planning.topologies import Topology
-from mgen_jax.tasks.base import Task
+from mgen_jax.tasks.base import Task, frozen_shapes
 from mgen_jax.training import loop
 from mgen_jax.training import state as state_lib
 
@@ -45,10 +45,12 @@ class Memory:
   temp: int
   code: int
   host: int  # of the host's memory, for this device (offloaded activations)
+  frozen: int = 0  # parameters that no step changes (text encoders)
 
   @property
   def total(self) -> int:
-    return self.parameters + self.optimizer + self.ema + self.batch + self.temp + self.code
+    state = self.parameters + self.optimizer + self.ema + self.frozen
+    return state + self.batch + self.temp + self.code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +89,12 @@ def compile_step(
   program = loop.make_program(task, stage, mesh, experiment.seed)
   state = state_lib.with_layout(program.shapes, program.layout)
   batch = loop.batch_shapes(task, {bucket: stage.batches()[bucket].batch}, mesh)[bucket]
+  frozen = frozen_shapes(task, mesh)
 
   began = time.perf_counter()
   with mesh_lib.use(mesh):
-    lowered = program.train_step.lower(state, batch)
+    extra = () if frozen is None else (frozen,)
+    lowered = program.train_step.lower(state, batch, *extra)
   lines = lowered.as_text().count("\n")
   lowered_at = time.perf_counter()
   compiled, complaint = None, None
@@ -103,7 +107,7 @@ def compile_step(
     if "RESOURCE_EXHAUSTED" not in complaint:
       raise
   ended = time.perf_counter()
-  sizes = state_bytes(state) | {"batch": tree_bytes(batch)}
+  sizes = state_bytes(state) | {"batch": tree_bytes(batch), "frozen": tree_bytes(frozen)}
   if compiled is None:
     memory = _complained(sizes, complaint)
   else:

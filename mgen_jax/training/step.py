@@ -13,7 +13,7 @@ from absl import logging
 
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.parallel import rules
-from mgen_jax.tasks.base import Task
+from mgen_jax.tasks.base import Task, with_frozen
 from mgen_jax.training import state as state_lib
 from mgen_jax.training.state import TrainState
 
@@ -74,13 +74,15 @@ def make_train_step(
     ema_decay: of the parameters; it is warmed up as (1 + step) / (10 + step).
 
   Returns:
-    step(state, batch) -> (state, metrics), all metrics fp32 scalars.
+    step(state, batch) -> (state, metrics), all metrics fp32 scalars; of a task with frozen
+    parameters step(state, batch, frozen).
   """
 
-  def train_step(state: TrainState, batch: Batch):
+  def train_step(state: TrainState, batch: Batch, frozen: Any = None):
+    learner = with_frozen(task, frozen)
     examples = jax.tree.leaves(batch)[0].shape[0]
     keys = state_lib.example_keys(seed, "train", state.step, examples)
-    loss, metrics, gradients = loss_and_gradients(task, state.params, batch, keys, accumulate)
+    loss, metrics, gradients = loss_and_gradients(learner, state.params, batch, keys, accumulate)
     norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -110,7 +112,8 @@ def compile_for(
   train_step: Callable[..., Any],
   state: TrainState,
   batches: Mapping[Bucket, Mapping[str, jax.ShapeDtypeStruct]],
-) -> dict[Bucket, Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]]:
+  frozen: Any = None,
+) -> dict[Bucket, Callable[..., tuple[TrainState, dict[str, jax.Array]]]]:
   """Compiles the step for every bucket before the first one runs, side by side.
 
   So a rare bucket cannot stall a run in the middle, nothing can compile twice, and a program that
@@ -120,13 +123,15 @@ def compile_for(
     train_step: from `make_train_step`.
     state: shapes, dtypes and shardings.
     batches: likewise, of each bucket.
+    frozen: likewise, of the parameters that no step changes; None: the step takes none.
 
   Returns:
     The compiled step of each bucket.
   """
   began = time.perf_counter()
   # Tracing holds Python's lock and depends on the mesh in use; only XLA's part runs side by side.
-  lowered = {bucket: train_step.lower(state, dict(batch)) for bucket, batch in batches.items()}
+  extra = () if frozen is None else (frozen,)
+  lowered = {b: train_step.lower(state, dict(batch), *extra) for b, batch in batches.items()}
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     compiled = dict(zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True))
   seconds = time.perf_counter() - began
@@ -134,12 +139,12 @@ def compile_for(
   return compiled
 
 
-def make_validation(task: Task, *, seed: int) -> Callable[[Any, Batch, jax.Array], jax.Array]:
-  """loss(params, batch, index) with noise that depends on the batch's index only."""
+def make_validation(task: Task, *, seed: int) -> Callable[..., jax.Array]:
+  """loss(params, batch, index[, frozen]) with noise that depends on the batch's index only."""
 
-  def validation(params, batch, index):
+  def validation(params, batch, index, frozen=None):
     examples = jax.tree.leaves(batch)[0].shape[0]
     keys = state_lib.example_keys(seed, "validation", index, examples)
-    return task.loss(params, batch, keys)[0]
+    return with_frozen(task, frozen).loss(params, batch, keys)[0]
 
   return jax.jit(validation)
