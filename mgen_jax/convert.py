@@ -96,7 +96,9 @@ def _export(values: flags.FlagValues, mesh: jax.sharding.Mesh) -> None:
     encoder_lib.check_name(values.encoder, stored.family, stored.config, stored.folder)
   for key in ("dtype", "positions", "tower"):
     if values[key].value is not None:
-      raise UserError(f"--{key} is of conversions from safetensors: {values.source} is one of ours.")
+      raise UserError(
+        f"--{key} is of conversions from safetensors: {values.source} is one of ours."
+      )
   sources = sum(len(entry["sources"]) for entry in stored.tensors.values())
   logging.info(
     "%s holds a %s of %d parameters: %d tensors", stored.folder, stored.family,

@@ -76,7 +76,8 @@ class Generator:
     fps: float,
     reader: Reader,
   ):
-    """See `load`; `reader` makes of prompts what the generator reads; `latents` holds "mean" and "std" of each channel, with which it was trained."""
+    """See `load`; `reader` makes of prompts what the generator reads; `latents` holds "mean" and
+    "std" of each channel, with which it was trained."""
     self.stage = stage
     self.task, self.params = generator
     self.autoencoder, self.autoencoder_params = autoencoder

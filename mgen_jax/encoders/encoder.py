@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -287,5 +286,6 @@ def check_name(name: str, family: str, config: Any, path: Path) -> None:
   ]
   if differ:
     raise UserError(
-      f'{path} does not hold {name}: {", ".join(differ)}; name the right folder, or load it as "any".'
+      f"{path} does not hold {name}: {', '.join(differ)}; name the right folder, or load it as "
+      '"any".'
     )

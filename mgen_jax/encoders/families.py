@@ -368,8 +368,8 @@ def _llama_from_hf(hf: Mapping[str, Any], names: Collection[str]) -> llama.Llama
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind != "default":
     raise UserError(
-      f"config.json asks for rotary positions of type {kind!r} (LLaMA 3.1 and later): only those of "
-      "LLaMA 3 are known."
+      f"config.json asks for rotary positions of type {kind!r} (LLaMA 3.1 and later): only those "
+      "of LLaMA 3 are known."
     )
   if hf.get("attention_bias") or hf.get("mlp_bias"):
     raise UserError("config.json asks for biases in attention or MLP: a LLaMA 3 has none.")

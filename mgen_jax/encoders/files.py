@@ -70,8 +70,8 @@ class Source:
       lost = sorted(set(index) - set(self.tensors))
       if lost:
         raise UserError(
-          f"{self.folder / INDEX_NAME} names {lost[0]} and {len(lost) - 1} more that are in none of "
-          "its files: get the folder anew."
+          f"{self.folder / INDEX_NAME} names {lost[0]} and {len(lost) - 1} more that are in none "
+          "of its files: get the folder anew."
         )
     except BaseException:
       self.close()

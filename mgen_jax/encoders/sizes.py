@@ -96,9 +96,7 @@ SIZES: dict[str, Size] = {
   **{f"metaclip-{n}-text": _text(*text, 77, owner) for n, (text, _, owner) in _TOWERS.items()},
   # Long-prompt MetaCLIP, whose weights are not public: the tower above with its table stretched
   # (convert --positions=256) is where its training starts.
-  **{
-    f"metaclip-{n}-text-256": _text(*text, 256, owner) for n, (text, _, owner) in _TOWERS.items()
-  },
+  **{f"metaclip-{n}-text-256": _text(*text, 256, owner) for n, (text, _, owner) in _TOWERS.items()},
   **{f"metaclip-{n}-vision": _vision(*vision) for n, (_, vision, _) in _TOWERS.items()},
   "llama3-8b": Size("llama", LlamaConfig(), 8192, _LLAMA.format("8B")),
   "llama3-70b": Size(

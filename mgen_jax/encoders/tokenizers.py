@@ -117,7 +117,10 @@ class Batcher:
       return ids, False
     if not self.cut:
       logging.warning(
-        "%s: a text of %d tokens was cut to %d; further cuts are counted", self.name, len(ids), length
+        "%s: a text of %d tokens was cut to %d; further cuts are counted",
+        self.name,
+        len(ids),
+        length,
       )
     self.cut += 1
     end = self.tokenizer.end

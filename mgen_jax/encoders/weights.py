@@ -1,6 +1,6 @@
 """Weights of an encoder: from safetensors to our folders and back, tensor by tensor.
 
-  FOLDER/encoder.json       family, config, and the manifest: SHA-256 of every source tensor and file
+  FOLDER/encoder.json       family, config, manifest: SHA-256 of every source tensor and file
   FOLDER/params/PATH/       one Orbax checkpoint for each parameter, sharded, "/" written as "."
   FOLDER/spiece.model ...   the tokenizer's file
 
@@ -209,7 +209,9 @@ def stream(
     mesh: the devices.
     dtype: of the parameters; None: that of the files.
   """
-  files.check_floats(source.folder, {n: source.tensors[n] for t in matched.targets for n in t.names})
+  files.check_floats(
+    source.folder, {n: source.tensors[n] for t in matched.targets for n in t.names}
+  )
   for target in matched.targets:
     found = np.result_type(*(files.FLOATS[source.tensors[n].dtype] for n in target.names))
     kept = jnp.dtype(dtype) if dtype else jax.dtypes.canonicalize_dtype(found)
@@ -476,7 +478,9 @@ def export(
   """
   if out.exists():
     raise UserError(f"{out} exists already: delete it, or name another folder.")
-  transforms = {rule.target: rule.transform for rule in FAMILIES[stored.family].rules(stored.config)}
+  transforms = {
+    rule.target: rule.transform for rule in FAMILIES[stored.family].rules(stored.config)
+  }
   listed = []  # (path, layer or None, tensor, sha256 of the source)
   for path, entry in stored.tensors.items():
     kept = np.dtype(entry["dtype"]) if entry["dtype"] != "bfloat16" else ml_dtypes.bfloat16
@@ -506,9 +510,7 @@ def export(
 
   out.mkdir(parents=True)
   tensors = [tensor for _, _, tensor, _ in listed]
-  written = files.write_folder(
-    out, tensors, arrays(), shard_bytes=shard_bytes, progress=progress
-  )
+  written = files.write_folder(out, tensors, arrays(), shard_bytes=shard_bytes, progress=progress)
   config = {**FAMILIES[stored.family].to_hf(stored.config)}
   write_text_atomic(out / files.CONFIG_NAME, json.dumps(config, indent=2) + "\n")
   for name in COPIED:

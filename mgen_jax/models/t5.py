@@ -114,9 +114,9 @@ class T5Attention(nn.Module):
     out = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
     out = nn.with_logical_constraint(out, HEADS).reshape(batch, length, inner)
     init = nn.initializers.normal(inner**-0.5)
-    return layers.Dense(
-      width, ("heads", "embed"), dtype=cfg.dtype, kernel_init=init, name="out"
-    )(out)
+    return layers.Dense(width, ("heads", "embed"), dtype=cfg.dtype, kernel_init=init, name="out")(
+      out
+    )
 
 
 class T5MLP(nn.Module):
