@@ -150,10 +150,19 @@ class Encoder:
     prompts: Sequence[str],
     steps: int,
     *,
+    end: int = -1,
     temperature: float = 0.0,
     seed: int = 0,
   ) -> np.ndarray:
     """Continues texts with a LLaMA: int32 tokens [N, steps].
+
+    Args:
+      prompts: texts.
+      steps: how many tokens to add.
+      end: the token that ends a text (generation_config.json has it), which then fills what
+        follows; -1: none does.
+      temperature: 0 takes the likeliest token.
+      seed: of the randomness.
 
     Raises:
       UserError: this is no LLaMA, or its vocabulary is missing.
@@ -161,7 +170,6 @@ class Encoder:
     if self.family != "llama":
       raise UserError(f"{self.name} is an encoder: only a LLaMA continues a text.")
     tokens = self.batcher(list(prompts), None)
-    end = self.batcher.tokenizer.end
     program = jax.jit(
       lambda params, ids, mask, key: llama_lib.generate(
         self.config,
@@ -169,7 +177,7 @@ class Encoder:
         ids,
         mask,
         steps,
-        end=-1 if end is None else end,
+        end=end,
         key=key,
         temperature=temperature,
       )

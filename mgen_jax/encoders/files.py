@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from mgen_jax.data.files import publish, temporary_beside, write_text_atomic
 from mgen_jax.errors import UserError
@@ -93,10 +92,12 @@ class Source:
     Raises:
       UserError: it cannot be read.
     """
+    import safetensors  # a shared library: loaded where it is used
+
     tensor = self.tensors[name]
     try:
       return self._files[tensor.file].get_tensor(name)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
       raise UserError(f"{self.folder / tensor.file}: {name} cannot be read ({error}).") from error
 
   @property
@@ -124,9 +125,11 @@ class Source:
     path = self.folder / name
     if path.suffix != ".safetensors":
       raise UserError(f"{path} is not a safetensors file. {_how(path)}")
+    import safetensors
+
     try:
-      file = self._stack.enter_context(safe_open(path, framework="np"))
-    except (SafetensorError, OSError) as error:
+      file = self._stack.enter_context(safetensors.safe_open(path, framework="np"))
+    except (safetensors.SafetensorError, OSError) as error:
       raise UserError(
         f"{path} is cut short or is not a safetensors file ({error}): get it anew."
       ) from error
@@ -224,6 +227,8 @@ def write_folder(
   Raises:
     UserError: the disk is full, or something else keeps a file from being written.
   """
+  import safetensors
+
   parts: list[list[ToWrite]] = [[]]
   for tensor in tensors:
     if parts[-1] and sum(t.bytes for t in parts[-1]) + tensor.bytes > shard_bytes:
@@ -239,7 +244,7 @@ def write_folder(
       done += written
       if progress:
         progress(done, total)
-    with safe_open(folder / name, framework="np") as file:
+    with safetensors.safe_open(folder / name, framework="np") as file:
       if set(file.keys()) != {tensor.name for tensor in part}:
         raise UserError(f"{folder / name} was not written as it should be: check the disk.")
   if len(parts) > 1:

@@ -137,20 +137,16 @@ class TextStack:
   def _batcher(self, index: int) -> tokenizers.Batcher:
     cfg = self.config
     wanted = None if cfg.encoders[index] == ANY else sizes.named(cfg.encoders[index]).vocabulary
-    vocab = self._shape(index)[1].vocab
+    vocab = self._shapes[index][1].vocab
     return _open_batcher(cfg.weights[index], vocab, wanted, cfg.names[index])
 
   # On the devices.
-
-  def widths(self) -> tuple[int, ...]:
-    """Of the features."""
-    return tuple(self._shape(i)[1].output_width for i in range(len(self.config.names)))
 
   def shapes(self, mesh: jax.sharding.Mesh | None = None) -> Any:
     """The parameters {name: tree} as shapes and dtypes, on a mesh with their shardings."""
     dtype, made = jnp.dtype(self.config.dtype), {}
     for index, name in enumerate(self.config.names):
-      boxed = families.boxed_shapes(*self._shape(index))
+      boxed = families.boxed_shapes(*self._shapes[index])
       bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nn.unbox(boxed))
       if mesh is not None:
         layout = rules.tree_shardings(mesh, boxed)
@@ -178,7 +174,7 @@ class TextStack:
     """Features of tokens: "text_NAME" [N, S, width], zeros at padding, and "text_NAME_mask"."""
     made = {}
     for index, (name, array) in enumerate(zip(self.config.names, self.arrays, strict=True)):
-      family, config = self._shape(index)
+      family, config = self._shapes[index]
       tokens, mask = rows[f"tokens_{name}"], rows[f"tokens_{name}_mask"]
       features = encoder_lib.apply(family, config, params[name], tokens, mask)[0]
       features = jnp.where(mask[..., None], features, jnp.zeros((), features.dtype))
@@ -218,31 +214,31 @@ class TextStack:
     """Of one forward pass over one prompt of full length."""
     total = 0
     for index, length in enumerate(self.config.lengths):
-      family, config = self._shape(index)
+      family, config = self._shapes[index]
       total += sum({"t5": t5.flops, "clip_text": clip.flops}[family](config, length).values())
     return total
 
-  def _shape(self, index: int) -> tuple[str, Any]:
-    """(family, config in the stack's dtype) of an encoder; "any" is read from its folder."""
+  @functools.cached_property
+  def _shapes(self) -> tuple[tuple[str, Any], ...]:
+    """(family, config in the stack's dtype) of each encoder; read once, not for every record."""
     cfg = self.config
-    if cfg.encoders[index] == ANY:
-      stored = weights.read_stored(cfg.weights[index])
-      family, config = stored.family, stored.config
-      if family not in _TEXT:
-        raise UserError(f"{stored.folder} holds a {family}: name weights that read texts.")
-    else:
-      family, config = _named(cfg.encoders[index], cfg.weights[index])
-    return family, dataclasses.replace(config, dtype=cfg.dtype)
+    found = (_shape(*pair) for pair in zip(cfg.encoders, cfg.weights, strict=True))
+    return tuple((family, dataclasses.replace(one, dtype=cfg.dtype)) for family, one in found)
 
 
-def _named(name: str, folder: str) -> tuple[str, Any]:
-  """The shape of a named encoder; what leaves it open (activation, pooling) is its folder's."""
-  size = sizes.named(name)
-  if weights.is_stored(folder):
-    stored = weights.read_stored(folder)
-    encoder_lib.check_name(name, stored.family, stored.config, stored.folder)
-    return stored.family, stored.config
-  return size.family, size.config
+def _shape(name: str, folder: str) -> tuple[str, Any]:
+  """(family, config) of an encoder: its folder's, and where there is none yet, its name's.
+
+  The folder also says what a name leaves open (activation, pooling).
+  """
+  if name != ANY and not weights.is_stored(folder):  # for planning, no weight is needed
+    size = sizes.named(name)
+    return size.family, size.config
+  stored = weights.read_stored(folder)
+  encoder_lib.check_name(name, stored.family, stored.config, stored.folder)
+  if stored.family not in _TEXT:
+    raise UserError(f"{folder} holds a {stored.family}: name weights that read texts.")
+  return stored.family, stored.config
 
 
 @functools.lru_cache(maxsize=32)

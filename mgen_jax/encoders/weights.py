@@ -282,14 +282,12 @@ class Stored:
     folder: where it is.
     family, config: of the encoder, in the dtype that it was stored in.
     tensors: {path: {"shape", "dtype", "sources"}}.
-    hf: config.json of where it came from.
   """
 
   folder: Path
   family: str
   config: Any
   tensors: dict[str, Any]
-  hf: dict[str, Any]
 
   @property
   def digest(self) -> str:
@@ -321,7 +319,7 @@ def read_stored(folder: Path | str) -> Stored:
     raise UserError(f"{folder / ENCODER_NAME} is of another version: convert the weights again.")
   family = record["family"]
   config = schema.build(FAMILIES[family].config, record["config"], f"{folder / ENCODER_NAME}")
-  return Stored(folder, family, config, record["tensors"], record["source"]["config"])
+  return Stored(folder, family, config, record["tensors"])
 
 
 def save(
@@ -373,25 +371,26 @@ def save(
       done += int(np.prod(target.shape))
       if progress:
         progress(done, total)
-    _write_description(source, matched.family, config, tensors, partial, positions)
+    _write_description(source, matched.family, config, tensors, partial)
     partial.rename(out)
   except OSError as error:
     raise UserError(f"{out} could not be written ({error.strerror}): make room.") from error
   return read_stored(out)
 
 
-def _write_description(source, family, config, tensors, folder: Path, positions) -> None:
+def _write_description(
+  source: files.Source, family: str, config: Any, tensors: dict[str, Any], folder: Path
+) -> None:
   for name in COPIED:
     if (source.folder / name).is_file():
       shutil.copyfile(source.folder / name, folder / name)
   copied = [folder / name for name in COPIED if (folder / name).is_file()]
-  hf = source.config if positions is None else FAMILIES[family].to_hf(config)
   record = {
     "format": FORMAT,
     "family": family,
     "config": schema.to_plain(config),
     "source": {
-      "config": hf,
+      "config": source.config,
       "files": {path.name: sha256_file(path) for path in (*source.files, *copied)},
     },
     "tensors": tensors,
@@ -511,7 +510,7 @@ def export(
   out.mkdir(parents=True)
   tensors = [tensor for _, _, tensor, _ in listed]
   written = files.write_folder(out, tensors, arrays(), shard_bytes=shard_bytes, progress=progress)
-  config = {**FAMILIES[stored.family].to_hf(stored.config)}
+  config = FAMILIES[stored.family].to_hf(stored.config)
   write_text_atomic(out / files.CONFIG_NAME, json.dumps(config, indent=2) + "\n")
   for name in COPIED:
     if (stored.folder / name).is_file():
