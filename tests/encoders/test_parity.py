@@ -68,6 +68,8 @@ def test_t5_equals_the_reference(pair, name):
   ids, mask = reference.tokens(encoder.config.vocab, (40, 17))
   theirs = model(torch.tensor(ids).long(), torch.tensor(mask).long()).last_hidden_state
   assert error(run(encoder, ids, mask), theirs, mask) <= LIMIT
+  if name not in ("t5_v1.0", "ul2"):  # of the others only the activation or a table differs
+    return
   half = np.asarray(run(encoder, ids, mask, dtype="bfloat16"), np.float32)
   assert np.isfinite(half).all()
   assert cosine(half[mask], theirs.detach().numpy()[mask]) >= 0.999
@@ -112,6 +114,8 @@ def test_the_text_tower_equals_the_reference(pair, name):
     assert error(ours.pooled, theirs.pooler_output) <= LIMIT
   else:
     assert error(ours.projected, theirs.text_embeds) <= LIMIT
+  if name != "clip_text_gelu":
+    return
   masked = run(encoder, ids, mask)  # causal: the mask changes nothing before the end
   np.testing.assert_allclose(np.asarray(masked.last)[mask], np.asarray(ours.last)[mask], atol=LIMIT)
   half = run(encoder, ids, dtype="bfloat16")
@@ -180,6 +184,8 @@ def test_the_decoder_equals_the_reference(pair, name):
   ids, mask = reference.tokens(83, (14, 6))
   theirs = model(torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long()).logits
   assert error(run(encoder, ids, mask).logits, theirs, mask) <= LIMIT
+  if name == "llama_tied":
+    return
   half = run(encoder, ids, mask, dtype="bfloat16").logits
   assert cosine(np.asarray(half)[mask], theirs.detach().numpy()[mask]) >= 0.999
 
@@ -230,28 +236,30 @@ def test_generation_continues_as_the_reference_does(pair):
   np.testing.assert_array_equal(program(encoder.params, *padded), theirs)
 
 
-@pytest.mark.parametrize(
-  ("name", "ours", "theirs"),
-  [
-    ("t5_v1.1", "layers/attention/query/kernel",
-     "encoder.block.{i}.layer.0.SelfAttention.q.weight"),
-    ("t5_v1.1", "position_bias/table",
-     "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
-    ("t5_v1.1", "norm/scale", "encoder.final_layer_norm.weight"),
-    ("clip_text_gelu", "layers/up/bias", "encoder.layers.{i}.mlp.fc1.bias"),
-    ("clip_text_gelu", "positions", "embeddings.position_embedding.weight"),
-  ],
-)  # fmt: skip
-def test_gradients_equal_the_reference(pair, name, ours, theirs):
-  """Of the sum of squares of the features, with weights that differ from place to place."""
+GRADIENTS = {
+  "t5_v1.1": {
+    "layers/attention/query/kernel": "encoder.block.{i}.layer.0.SelfAttention.q.weight",
+    "layers/mlp/gate/kernel": "encoder.block.{i}.layer.1.DenseReluDense.wi_0.weight",
+    "position_bias/table": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    "norm/scale": "encoder.final_layer_norm.weight",
+  },
+  "clip_text_gelu": {
+    "layers/up/bias": "encoder.layers.{i}.mlp.fc1.bias",
+    "layers/value/kernel": "encoder.layers.{i}.self_attn.v_proj.weight",
+    "positions": "embeddings.position_embedding.weight",
+  },
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_equal_the_reference(pair, name):
+  """Of a mean of the features, bounded and weighted differently from place to place."""
   model, encoder = pair(name)
-  if name.startswith("t5"):
-    ids, mask = reference.tokens(encoder.config.vocab, (9, 9))
-    inputs, module = (ids, mask), FAMILIES["t5"].module(encoder.config)
-    pick = lambda out: out  # noqa: E731
+  module = FAMILIES[encoder.family].module(encoder.config)
+  if encoder.family == "t5":
+    inputs, pick = reference.tokens(encoder.config.vocab, (9, 9)), lambda out: out
   else:
-    inputs, module = (clip_tokens((9, 9))[0],), FAMILIES["clip_text"].module(encoder.config)
-    pick = lambda out: out.last  # noqa: E731
+    inputs, pick = (clip_tokens((9, 9))[0],), lambda out: out.last
   weight = np.random.default_rng(3).normal(size=encoder.config.width).astype(np.float32) / 10
   model.zero_grad()
   out = model(torch.tensor(inputs[0]).long()).last_hidden_state
@@ -260,18 +268,19 @@ def test_gradients_equal_the_reference(pair, name, ours, theirs):
   def loss(params):
     return jnp.tanh(pick(module.apply({"params": params}, *inputs)) * weight).mean()
 
-  gradient = jax.jit(jax.grad(loss))(encoder.params)
-  for key in ours.split("/"):
-    gradient = gradient[key]
+  gradients = jax.jit(jax.grad(loss))(encoder.params)
   named = {
     n.removeprefix("text_model."): p.grad.numpy()
     for n, p in model.named_parameters()
     if p.grad is not None
   }
-  if "{i}" in theirs:
-    wanted = np.stack([named[theirs.format(i=i)] for i in range(encoder.config.layers)])
-  else:
-    wanted = named[theirs]
-  wanted = wanted.swapaxes(-1, -2) if ours.endswith("kernel") else wanted
-  assert np.abs(wanted).max() > 1e-5  # there is something to compare
-  assert np.abs(np.asarray(gradient) - wanted).max() <= LIMIT * max(1.0, np.abs(wanted).max())
+  for ours, theirs in GRADIENTS[name].items():
+    found = gradients
+    for key in ours.split("/"):
+      found = found[key]
+    layers = range(encoder.config.layers)
+    wanted = np.stack([named[theirs.format(i=i)] for i in layers])
+    wanted = wanted if "{i}" in theirs else wanted[0]
+    wanted = wanted.swapaxes(-1, -2) if ours.endswith("kernel") else wanted
+    assert np.abs(wanted).max() > 1e-5, ours  # there is something to compare
+    assert np.abs(np.asarray(found) - wanted).max() <= LIMIT, ours
