@@ -229,6 +229,7 @@ def stream(
       else:
         array = _cast(kept, layout)(piece)
     yield target, array, facts
+    array = piece = None  # before the next one is made
 
 
 def _place(piece: np.ndarray, target: Target, mesh: jax.sharding.Mesh) -> jax.Array:
@@ -368,6 +369,7 @@ def save(
         "dtype": str(array.dtype),
         "sources": facts,
       }
+      del array
       done += int(np.prod(target.shape))
       if progress:
         progress(done, total)
