@@ -213,7 +213,7 @@ def stream(
     source.folder, {n: source.tensors[n] for t in matched.targets for n in t.names}
   )
   for target in matched.targets:
-    found = np.result_type(*(files.FLOATS[source.tensors[n].dtype] for n in target.names))
+    found = jnp.result_type(*(files.FLOATS[source.tensors[n].dtype] for n in target.names))
     kept = jnp.dtype(dtype) if dtype else jax.dtypes.canonicalize_dtype(found)
     layout = sharding_rules.sharding(mesh, target.axes, target.shape)
     facts: list[dict[str, Any]] = []
