@@ -12,9 +12,14 @@ Steps, batches, learning rates, lengths and shares of images are the paper's. It
 optimizer but for the learning rate, warm-up, averaging, caption dropout, the five aspect ratios,
 how position tables are expanded, or how its autoencoder was trained; those are ours, marked below.
 
-Needs a folder of videos with captions (`data.videos`), and in the records of the encode stages the
-features of UL2, MetaCLIP and ByT5 as "text_ul2", "text_metaclip" and "text_byt5" (see
-`mgen_jax/tasks/text_inputs.py`): the encoders are not part of this recipe yet.
+Needs a folder of videos with captions (`data.videos`), and the weights of the three text encoders
+in weights/ul2, weights/metaclip-bigg-text-256 and weights/byt5-small, made by mgen_jax.convert
+(docs/encoders.md). The encode stages write their features beside the latents; with
+
+  --config.stages.t2v_768.task.text.online=True
+
+a stage runs the encoders in its training step instead. Long-prompt MetaCLIP is not public: the
+tower of MetaCLIP bigG with stretched positions stands in for it.
 """
 
 from mgen_jax import config
@@ -109,11 +114,23 @@ def _autoencoder():
   }
 
 
+TEXT = config.text_stack()  # UL2, MetaCLIP and ByT5
+
+
+def _encode(shapes):
+  return {
+    "kind": "encode",
+    "buckets": _names(shapes, (1, *LENGTHS)),
+    "batch": 8,
+    "text": config.encoded_text(TEXT),
+  }
+
+
 def _generator(max_positions, growth="interpolate"):
   return {
     "name": "text_to_video",
     "model": config.backbone("30B", max_positions=max_positions, position_growth=growth),
-    "text": {"kind": "features"},
+    "text": TEXT,
     "caption_dropout": 0.1,  # ours
     "time_mean": 0.0,  # t = sigmoid(z), z ~ N(0, 1)
     "time_std": 1.0,
@@ -161,16 +178,15 @@ def get_config(hardware="h100"):
   low = _generator((32, 32, 32), "extend")
   high = _generator((32, 96, 96), "interpolate")
   square = {"b1x256x256": {"batch": 9216}}
-  images_and_lengths = (1, *LENGTHS)
   stages = {
     "ingest": {"kind": "ingest"},
     "autoencoder": _autoencoder(),
-    "encode_256": {"kind": "encode", "buckets": _names(SHAPES_256, images_and_lengths), "batch": 8},
+    "encode_256": _encode(SHAPES_256),
     "t2i_256": _stage(image, 1e-4, 210_000, square, "encode_256", warmup=2000),
     # Printed as 123k steps; the samples and the sum that the paper gives say 113k.
     "t2v_256": _stage(low, 6e-5, 113_000, _buckets(SHAPES_256, 1536), "encode_256", "t2i_256"),
     "t2v_256_wide": _stage(low, 6e-5, 72_000, _buckets(SHAPES_256, 3072), "encode_256", "t2v_256"),
-    "encode_768": {"kind": "encode", "buckets": _names(SHAPES_768, images_and_lengths), "batch": 8},
+    "encode_768": _encode(SHAPES_768),
     "t2v_768": _stage(high, 6e-5, 19_600, _buckets(SHAPES_768, 1536), "encode_768", "t2v_256_wide"),
     "t2v_768_low": _stage(high, 3e-5, 11_000, _buckets(SHAPES_768, 1536), "encode_768", "t2v_768"),
     "t2v_768_cp2": _stage(

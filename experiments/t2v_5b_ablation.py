@@ -20,6 +20,7 @@ from mgen_jax import config
 
 VARIANTS = ("flow_matching", "diffusion", "dit")
 IMAGE, CLIP = "1x192x352", "128x192x352"
+TEXT = config.text_stack()
 
 
 def devices(arm="flow_matching"):
@@ -35,7 +36,7 @@ def _generator(arm, max_positions):
     "model": config.backbone(
       "5B", dit=arm == "dit", max_positions=max_positions, position_growth="extend"
     ),
-    "text": {"kind": "features"},
+    "text": TEXT,
     "objective": "v_prediction" if arm == "diffusion" else "flow_matching",
     "sampler": ddim if arm == "diffusion" else {},
   }
@@ -68,7 +69,12 @@ def get_config(arm="flow_matching"):
         },
         "optimizer": {**adamw, "lr": 1e-4, "weight_decay": 0.0},
       },
-      "encode": {"kind": "encode", "buckets": (IMAGE, CLIP), "batch": 8},
+      "encode": {
+        "kind": "encode",
+        "buckets": (IMAGE, CLIP),
+        "batch": 8,
+        "text": config.encoded_text(TEXT),
+      },
       "t2i": {
         **train,
         "task": _generator(arm, (1, 12, 22)),

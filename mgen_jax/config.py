@@ -18,6 +18,8 @@ from ml_collections import config_dict
 from mgen_jax import schema, tasks
 from mgen_jax.data.buckets import Bucket, parse_bucket
 from mgen_jax.data.marbles import WorldConfig
+from mgen_jax.encoders import StackConfig
+from mgen_jax.encoders import sizes as encoder_sizes
 from mgen_jax.errors import ConfigError, UserError
 from mgen_jax.models import backbone as backbone_lib
 from mgen_jax.models import latte as latte_lib
@@ -103,6 +105,7 @@ class EncodeStage:
 
   kind: str = "encode"
   autoencoder: str = "autoencoder"  # the stage that trained it
+  text: StackConfig = StackConfig()  # frozen encoders of the captions; no names: no text features
   buckets: tuple[str, ...] = ()
   batch: int = 16
   shard_examples: int = 512  # records of one file
@@ -245,6 +248,34 @@ def latte(size: str, *, variant: int = 1, **changes: Any) -> dict[str, Any]:
   if size not in latte_lib.SIZES:
     raise ConfigError(f"unknown size {size!r}: {schema.suggest(size, list(latte_lib.SIZES))}")
   return schema.to_plain(latte_lib.size(size, variant=variant, **changes))
+
+
+def text_stack(**changes: Any) -> dict[str, Any]:
+  """The "text" of a generator: Movie Gen's three frozen encoders, their features cached.
+
+  The paper gives the widths of the features, from which the encoders follow, and MetaCLIP's 256
+  tokens; 300 and 100 are those of mindone's re-implementation. Weights: made by mgen_jax.convert.
+
+  Args:
+    **changes: keys of FeatureTextConfig that differ.
+  """
+  encoders = ("ul2", "metaclip-bigg-text-256", "byt5-small")
+  return {
+    "kind": "features",
+    "names": ("ul2", "metaclip", "byt5"),
+    "encoders": encoders,
+    "weights": tuple(f"weights/{name}" for name in encoders),
+    "reads": ("prompt", "prompt", "quoted"),
+    "widths": tuple(encoder_sizes.named(name).config.output_width for name in encoders),
+    "lengths": (300, 256, 100),
+    **changes,
+  }
+
+
+def encoded_text(text: Mapping[str, Any]) -> dict[str, Any]:
+  """The "text" of the encode stage that writes the features a generator with `text` reads."""
+  keys = {field.name for field in dataclasses.fields(StackConfig)}
+  return {key: value for key, value in text.items() if key in keys}
 
 
 def experiment(*, name: str, stages: Mapping[str, Any], **values: Any) -> config_dict.ConfigDict:
@@ -401,6 +432,8 @@ def _check_train(made: Experiment, name: str, stage: TrainStage, before: tuple[s
       )
     autoencoder = made.stages[encode.autoencoder].task
     stage.task.check_latents(autoencoder.model, path)
+    if hasattr(stage.task, "check_text"):
+      stage.task.check_text(encode.text, path, stage.latents)
   elif stage.latents is not None:
     raise ConfigError(f"{path}.latents is set, but {stage.task.name} learns from media: unset it.")
 

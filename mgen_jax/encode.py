@@ -1,5 +1,7 @@
 """The encode stage: media -> cached latents, bucketed records that the generator learns from.
 
+Where its `text` names frozen encoders, the features of each caption stand beside the latents.
+
 Every clip of the index, held out or not, becomes one record in each of its buckets (a window of a
 video; one of its frames for an image bucket). The clips of a bucket are cut into shards of fixed
 size, and process p of P makes every P-th shard: the result is the same for any number of processes,
@@ -14,7 +16,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from rich import console, progress
 from mgen_jax import config as config_lib
 from mgen_jax.data import files, ingest, pipeline, records
 from mgen_jax.data.buckets import Bucket, parse_bucket
+from mgen_jax.encoders import Prompt, TextStack
 from mgen_jax.errors import UserError
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel import rules
@@ -38,6 +41,7 @@ from mgen_jax.workdir import Workdir
 _STATISTICS_EXAMPLES = 2048
 
 Encoder = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+Embedder = Callable[[Sequence[Prompt]], list[dict[str, np.ndarray]]]
 
 
 def run(work: Workdir, name: str) -> None:
@@ -49,8 +53,10 @@ def run(work: Workdir, name: str) -> None:
   began = time.perf_counter()
   stage, data = work.experiment.stages[name], work.experiment.data
   index = ingest.load(work.folder(config_lib.ingest_of(work.experiment)))
+  embed, text_digest = _make_embedder(stage)
   encode, digest = _make_encoder(work, stage)
   settings = {"autoencoder": digest, "index": index.sha256, "seed": work.experiment.seed}
+  settings |= {"text": text_digest} if text_digest else {}
   buckets = [parse_bucket(text) for text in stage.buckets]
   jobs = []
   for split in ("train", "held_out"):
@@ -74,7 +80,7 @@ def run(work: Workdir, name: str) -> None:
       for number, part in enumerate(_shards(source, stage.shard_examples)):
         if number % jax.process_count() == jax.process_index():
           path = folder / records.shard_name(number, _count(source, stage.shard_examples))
-          _write_shard(path, part, stage.batch, encode, work.experiment.seed)
+          _write_shard(path, part, stage.batch, encode, embed, work.experiment.seed)
         bar.advance(task, len(part))
   multihost_utils.sync_global_devices(f"{name} shards")
 
@@ -117,6 +123,16 @@ def _make_encoder(work: Workdir, stage: config_lib.EncodeStage) -> tuple[Encoder
   return encode, _hash(params)
 
 
+def _make_embedder(stage: config_lib.EncodeStage) -> tuple[Embedder, dict[str, str]]:
+  """A function prompts -> arrays "text_NAME" [S, width] of each, on this host's devices, and the
+  hashes of the encoders; {} for each without encoders."""
+  if not stage.text.names:
+    return lambda prompts: [{} for _ in prompts], {}
+  stack = TextStack(stage.text)
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.local_devices())
+  return stack.embedder(mesh), stack.digest()
+
+
 def _count(source: pipeline.MediaSource, size: int) -> int:
   return math.ceil(len(source) / size)
 
@@ -132,7 +148,12 @@ def _shards(source: pipeline.MediaSource, size: int) -> list[pipeline.MediaSourc
 
 
 def _write_shard(
-  path: Path, source: pipeline.MediaSource, batch: int, encode: Encoder, seed: int
+  path: Path,
+  source: pipeline.MediaSource,
+  batch: int,
+  encode: Encoder,
+  embed: Embedder,
+  seed: int,
 ) -> None:
   """Encodes the clips of one shard, unless it is there (a shard gets its name when it is whole)."""
   if path.exists():
@@ -142,8 +163,12 @@ def _write_shard(
   with records.RecordWriter(path) as writer, stream:
     for _, rows in stream:
       means, logvars = encode(rows["video"])
+      clips = [source.clips[int(index)] for index in rows["index"]]
+      texts = embed(
+        [Prompt(c.caption, float(fps), c.camera) for c, fps in zip(clips, rows["fps"], strict=True)]
+      )
       for row in np.flatnonzero(rows["valid"]):
-        clip = source.clips[int(rows["index"][row])]
+        clip = clips[row]
         writer.write(
           records.Record(
             id=clip.id,
@@ -154,7 +179,9 @@ def _write_shard(
             arrays={
               "mean": _to_half(means[row], clip.path),
               "logvar": _to_half(logvars[row], clip.path),
+              **texts[row],
             },
+            info={"camera": clip.camera} if clip.camera else {},
           )
         )
 

@@ -199,6 +199,7 @@ def read_plan(path: str) -> dict[str, Any]:
       raise UserError(f"--compare={path} is not JSON ({error}): name a saved plan.") from error
   if not isinstance(record, dict) or "memory_gib" not in record:
     raise UserError(f"--compare={path} is not a plan: name a file that --out has saved.")
+  record["memory_gib"].setdefault("frozen", 0.0)  # saved before there were frozen encoders
   return record
 
 

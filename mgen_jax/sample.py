@@ -33,6 +33,7 @@ from mgen_jax import config as config_lib
 from mgen_jax.data import ingest, media
 from mgen_jax.data.buckets import Bucket, parse_bucket
 from mgen_jax.diffusion import gaussian, samplers
+from mgen_jax.encoders import Prompt
 from mgen_jax.errors import UserError
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel import rules
@@ -52,6 +53,7 @@ _NAME = 100  # and in a file name
 
 Progress = Callable[[int, int], None]
 AnySampler = SamplerConfig | DiffusionSamplerConfig
+Reader = Callable[[Sequence[Prompt]], dict[str, np.ndarray]]
 
 
 class Generator:
@@ -75,8 +77,10 @@ class Generator:
     *,
     trained: Mapping[Bucket, float],
     fps: float,
+    reader: Reader,
   ):
-    """See `load`; `latents` holds "mean" and "std" of each channel, with which it was trained."""
+    """See `load`; `reader` makes of prompts what the generator reads; `latents` holds "mean" and
+    "std" of each channel, with which it was trained."""
     self.stage = stage
     self.task, self.params = generator
     self.autoencoder, self.autoencoder_params = autoencoder
@@ -84,6 +88,7 @@ class Generator:
     self.fps = fps
     self.mesh = mesh
     self._axis = text_to_video.sample_axis(mesh)
+    self._read = reader
     self._mean = np.asarray(latents["mean"], np.float32)
     self._std = np.asarray(latents["std"], np.float32)
     self._programs: dict[tuple[Bucket, AnySampler], Callable] = {}
@@ -128,6 +133,7 @@ class Generator:
       mesh,
       trained={parse_bucket(b): batches[parse_bucket(b)].weight for b in meta["buckets"]},
       fps=frame_rate(work),
+      reader=task.reader(mesh),
     )
 
   def generate(
@@ -147,7 +153,7 @@ class Generator:
     may differ in the last bits.
 
     Args:
-      prompts: texts; what exceeds the text encoder's length is cut, "" is drawn without text.
+      prompts: texts; what exceeds the text encoders' length is cut, "" is drawn without text.
       bucket: the shape, one the model was trained on.
       seeds: one for each prompt, 0 to 2^31 - 1.
       sampler: solver, steps and guidance; those of the stage's config by default.
@@ -170,7 +176,7 @@ class Generator:
     if (bucket, sampler) not in self._programs:
       self._programs[bucket, sampler] = self._compile(bucket, sampler)
     program = self._programs[bucket, sampler]
-    text = self.task.conditions(list(prompts))
+    text = self._read([self.prompt(text, bucket) for text in prompts])
     numbers = np.asarray(seeds, np.int32)
     videos = []
     for start in range(0, count, size):
@@ -185,6 +191,10 @@ class Generator:
       if progress is not None:
         progress(min(start + size, count), count)
     return np.concatenate(videos)
+
+  def prompt(self, text: str, bucket: Bucket) -> Prompt:
+    """A prompt with what stands before it in training: the frame rate of a video."""
+    return Prompt(text, 0.0 if bucket.is_image else self.fps)
 
   def _compile(self, bucket: Bucket, sampler: AnySampler) -> Callable:
     """(parameters of both, text [B, ...], seeds [B]) -> uint8 [B, T, H, W, 3], all finite?"""
@@ -316,11 +326,9 @@ def draw(
   Raises:
     UserError: they cannot be drawn or written.
   """
-  generator.task.conditions(list(prompts))  # refuses prompts that the model cannot read
-  limit = generator.task.config.text.max_length - 1
-  for prompt in prompts if isinstance(generator.task, TextToVideo) else ():
-    if len(prompt.encode()) > limit:
-      logging.warning("the model reads the first %d bytes of the prompt %r", limit, prompt[:60])
+  for prompt in prompts:
+    for words in generator.task.too_long(generator.prompt(prompt, bucket)):
+      logging.warning("%s of the prompt %r", words, prompt[:60])
   texts = [prompt for prompt in prompts for _ in range(samples)]
   seeds = [seed + number for _ in prompts for number in range(samples)]
 

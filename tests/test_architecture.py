@@ -12,7 +12,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-BELOW_TASKS = {"errors", "schema", "parallel", "data", "models", "diffusion", "weights"}
+BELOW_TASKS = {
+  *("errors", "schema", "parallel", "data"),
+  *("models", "diffusion", "weights", "encoders"),
+}
 BELOW_TRAINING = BELOW_TASKS | {"tasks", "config", "workdir"}
 LIBRARY = BELOW_TRAINING | {"training", "planning", "evaluation", "cli", "compilation_cache"}
 COMMANDS = {"main", "ingest", "plan", "encode", "sample", "evaluate", "convert"}
@@ -27,10 +30,11 @@ MAY_IMPORT = {
   "diffusion": {"errors"},
   "models": {"errors", "parallel"},
   "weights": {"errors", "models"},
+  "encoders": {"errors", "schema", "parallel", "data", "models"},  # data: whole files or none
   "tasks": BELOW_TASKS,
   "config": BELOW_TASKS | {"tasks"},  # where the parts' configs meet
   "workdir": {"errors", "schema", "data", "config"},
-  "training": BELOW_TRAINING - {"models", "diffusion"},  # it knows no model
+  "training": BELOW_TRAINING - {"models", "diffusion", "encoders"},  # it knows no model
   "planning": BELOW_TRAINING | {"training"},  # compiles what training would run
   "evaluation": {"errors", "schema", "data", "models", "diffusion"},
   "cli": {"errors", "schema", "training"},

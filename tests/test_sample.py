@@ -136,8 +136,7 @@ class Ones:
   """A task whose latents are all 1, and an autoencoder that shows latents as they are."""
 
   def __init__(self, task):
-    self.config, self.conditions = task.config, task.conditions
-    self._shape = task.config.latent_shape
+    self.config, self._shape = task.config, task.config.latent_shape
 
   def sample(self, params, batch, keys, bucket, sampler):
     del params, keys, sampler

@@ -49,6 +49,7 @@ class Clip:
     duration: in seconds.
     caption: its text, on one line.
     split: "train", or "held_out" for evaluation.
+    camera: its motion, like "zoom in", where captions.jsonl names it; else "".
   """
 
   id: str
@@ -61,6 +62,7 @@ class Clip:
   duration: float
   caption: str
   split: Split
+  camera: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +155,7 @@ def scan(
       f"the folder {root} holds no videos or images; put files in it that end in"
       f" {', '.join(media.VIDEO_SUFFIXES + media.IMAGE_SUFFIXES)}."
     )
-  listed = _read_captions(root / CAPTIONS_NAME)
+  listed, cameras = _read_captions(root / CAPTIONS_NAME)
   captions, bad = _captions_of(root, files, listed)
   if not captions:
     complaint = f"; the first at fault: {next(iter(bad.values()))}" if bad else ""
@@ -178,7 +180,10 @@ def scan(
     )
 
   splits = _split(list(found), seed, held_out)
-  clips = tuple(_clip(path, info, captions[path], splits[path]) for path, info in found.items())
+  clips = tuple(
+    _clip(path, info, captions[path], splits[path], cameras.get(path, ""))
+    for path, info in found.items()
+  )
   index = Index(root, clips, {})
   summary = {
     "folder": str(root),
@@ -208,30 +213,34 @@ def _media_files(root: Path) -> Iterator[str]:
         yield (Path(here) / name).relative_to(root).as_posix()
 
 
-def _read_captions(path: Path) -> dict[str, str]:
-  """Caption by relative path from captions.jsonl; every fault is named by its line."""
+def _read_captions(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+  """Captions, and camera motions where there are some, by relative path from captions.jsonl; every
+  fault is named by its line."""
   try:
     lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at U+2028, as splitlines does
   except FileNotFoundError:
-    return {}
+    return {}, {}
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"{path} cannot be read ({error}); save it as UTF-8 text.") from error
   captions: dict[str, str] = {}
+  cameras: dict[str, str] = {}
   line_of: dict[str, int] = {}
   for number, line in enumerate(lines, start=1):
     if not line.strip():
       continue
-    file, caption = _parse_caption_line(f"line {number} of {path}", line)
+    file, caption, camera = _parse_caption_line(f"line {number} of {path}", line)
     if file in line_of:
       raise UserError(
         f"lines {line_of[file]} and {number} of {path} both describe {file!r}; keep one of them."
       )
     line_of[file] = number
     captions[file] = caption
-  return captions
+    if camera:
+      cameras[file] = camera
+  return captions, cameras
 
 
-def _parse_caption_line(where: str, line: str) -> tuple[str, str]:
+def _parse_caption_line(where: str, line: str) -> tuple[str, str, str]:
   try:
     entry = json.loads(line)
   except ValueError as error:
@@ -240,10 +249,13 @@ def _parse_caption_line(where: str, line: str) -> tuple[str, str]:
   caption = entry.get("caption") if isinstance(entry, dict) else None
   if not isinstance(file, str) or not isinstance(caption, str):
     raise UserError(f'{where} lacks "file" or "caption" as texts; write {_CAPTION_LINE}.')
+  camera = entry.get("camera", "")
+  if not isinstance(camera, str):
+    raise UserError(f'{where} has a "camera" that is no text; write its motion, like "zoom in".')
   normal = posixpath.normpath(file)
   if not file or posixpath.isabs(normal) or normal.split("/")[0] == "..":
     raise UserError(f"{where} names {file!r}; give a path inside the folder, relative to it.")
-  return normal, _one_line(caption)
+  return normal, _one_line(caption), _one_line(camera)
 
 
 def _captions_of(
@@ -313,7 +325,7 @@ def _split(paths: Sequence[str], seed: int, held_out: float) -> dict[str, Split]
   return {path: "held_out" if path in apart else "train" for path in paths}
 
 
-def _clip(path: str, info: media.MediaInfo, caption: str, split: Split) -> Clip:
+def _clip(path: str, info: media.MediaInfo, caption: str, split: Split, camera: str) -> Clip:
   return Clip(
     id=hashlib.sha256(path.encode()).hexdigest()[:16],
     path=path,
@@ -325,8 +337,13 @@ def _clip(path: str, info: media.MediaInfo, caption: str, split: Split) -> Clip:
     duration=info.duration,
     caption=caption,
     split=split,
+    camera=camera,
   )
 
 
 def _lines(clips: Sequence[Clip]) -> Iterator[str]:
-  return (json.dumps(dataclasses.asdict(clip), ensure_ascii=False) + "\n" for clip in clips)
+  for clip in clips:
+    line = dataclasses.asdict(clip)
+    if not clip.camera:
+      del line["camera"]
+    yield json.dumps(line, ensure_ascii=False) + "\n"

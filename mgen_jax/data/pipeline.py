@@ -164,7 +164,7 @@ class LatentSource:
   """Records that the encode stage wrote.
 
   An example is {each array of the record, "caption": str, "index": int, "start": float (seconds),
-  "fps": float}.
+  "fps": float, "camera": its motion, "" if that is not known}.
   """
 
   def __init__(self, records: RecordSource):
@@ -184,6 +184,7 @@ class LatentSource:
       "index": index,
       "start": record.start,
       "fps": record.fps,
+      "camera": str(record.info.get("camera", "")),
     }
 
 

@@ -21,7 +21,7 @@ from mgen_jax.config import Experiment, TrainStage
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.planning.topologies import Topology
-from mgen_jax.tasks.base import Task
+from mgen_jax.tasks.base import Task, frozen_shapes
 from mgen_jax.training import loop
 from mgen_jax.training import state as state_lib
 
@@ -46,10 +46,12 @@ class Memory:
   temp: int
   code: int
   host: int  # of the host's memory, for this device (offloaded activations)
+  frozen: int = 0  # parameters that no step changes (text encoders)
 
   @property
   def total(self) -> int:
-    return self.parameters + self.optimizer + self.ema + self.batch + self.temp + self.code
+    state = self.parameters + self.optimizer + self.ema + self.frozen
+    return state + self.batch + self.temp + self.code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +100,10 @@ def train_job(
   program = loop.make_program(task, stage, mesh, experiment.seed)
   state = state_lib.with_layout(program.shapes, program.layout)
   batch = loop.batch_shapes(task, {bucket: stage.batches()[bucket].batch}, mesh)[bucket]
-  sizes = state_bytes(state) | {"batch": tree_bytes(batch)}
-  return Job(mesh, program.train_step, (state, batch), sizes)
+  frozen = frozen_shapes(task, mesh)
+  sizes = state_bytes(state) | {"batch": tree_bytes(batch), "frozen": tree_bytes(frozen)}
+  arguments = (state, batch) if frozen is None else (state, batch, frozen)
+  return Job(mesh, program.train_step, arguments, sizes)
 
 
 def compile_job(job: Job, topology: Topology) -> Compiled:

@@ -20,6 +20,7 @@ from mgen_jax.parallel.mesh import MeshConfig
 from mgen_jax.planning import compile as compile_lib
 from mgen_jax.planning.compile import Memory
 from mgen_jax.planning.topologies import Topology
+from mgen_jax.tasks.base import frozen_shapes
 from mgen_jax.training import state as state_lib
 
 # From the policy that keeps most to the one that keeps least on the device.
@@ -182,6 +183,7 @@ class Estimator:
         "parameters": parameters,
         "optimizer": int(self._memory.optimizer * factor),
         "ema": int(self._memory.ema * factor),
+        "frozen": compile_lib.tree_bytes(frozen_shapes(self._task, abstract)),
       }
     return self._sizes[mesh]
 

@@ -17,11 +17,12 @@ MEMORY_PARTS = {
   "parameters": "parameters (fp32)",
   "optimizer": "optimizer state",
   "ema": "EMA of the parameters",
+  "frozen": "frozen text encoders",
   "batch": "batch",
   "temp": "activations, gradients, work space",
   "code": "program",
 }
-_COLOURS = ("#4477aa", "#66ccee", "#228833", "#bbbbbb", "#ccbb44", "#aa3377")
+_COLOURS = ("#4477aa", "#66ccee", "#228833", "#bbbbbb", "#ccbb44", "#aa3377", "#ee8866")
 
 
 def show_all(record: Record, console: rich.console.Console) -> None:

@@ -55,7 +55,11 @@ class Task(Protocol):
   def flops(self, bucket: Bucket) -> float:
     """Exact model FLOPs of training on one example (forward and backward, no recomputation)."""
 
-  # A task may also have `flops_by_part(bucket) -> dict[str, float]`, the parts of that sum: the
+  # A task may also have frozen parameters, which a step reads and never changes (text encoders):
+  # `frozen_shapes(mesh)`, shapes with shardings or None; `load_frozen(mesh)`, the arrays; and
+  # `embed(frozen, batch)`, the batch as `loss` wants it. See `WithFrozen`.
+  #
+  # It may have `flops_by_part(bucket) -> dict[str, float]`, the parts of that sum: the
   # planner shows them.
 
   def tokens(self, bucket: Bucket) -> int:
@@ -82,3 +86,29 @@ class ImportTask(Protocol):
 
     Raises UserError where they do not fit.
     """
+
+
+class WithFrozen:
+  """The loss of a task whose batches are completed by its frozen parameters on the way.
+
+  What they make is an input of the loss, outside of its gradient: cached or made here, it is the
+  same training step.
+  """
+
+  def __init__(self, task: Task, frozen: Any):
+    self._task, self._frozen = task, frozen
+
+  def loss(
+    self, params: Any, batch: dict[str, jax.Array], keys: jax.Array
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    return self._task.loss(params, self._task.embed(self._frozen, batch), keys)
+
+
+def with_frozen(task: Task, frozen: Any) -> Task | WithFrozen:
+  """The task, to compute losses with; `frozen` None: it has no such parameters."""
+  return task if frozen is None else WithFrozen(task, frozen)
+
+
+def frozen_shapes(task: Task, mesh: jax.sharding.Mesh | None) -> Any:
+  """The frozen parameters of a task as shapes (with shardings on a mesh); None: it has none."""
+  return task.frozen_shapes(mesh) if hasattr(task, "frozen_shapes") else None

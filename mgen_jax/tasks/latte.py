@@ -7,6 +7,7 @@ autoencoder. Not here: how captions become classes (`class_labels`), or decoding
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,6 +18,7 @@ from mgen_jax import schema
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.diffusion import gaussian, guidance
 from mgen_jax.diffusion.flow_matching import draw_noise
+from mgen_jax.encoders import Prompt
 from mgen_jax.errors import ConfigError, UserError
 from mgen_jax.models import latte
 from mgen_jax.models.autoencoder import AutoencoderConfig
@@ -24,6 +26,7 @@ from mgen_jax.models.latte import LatteConfig
 from mgen_jax.tasks import text_inputs
 from mgen_jax.tasks.base import ArraySpec
 from mgen_jax.tasks.class_labels import ClassLabels
+from mgen_jax.tasks.text_inputs import FeatureTextConfig
 from mgen_jax.weights import latte as latte_weights
 
 # Model keys that an earlier stage may have had otherwise: they shape no parameter.
@@ -70,6 +73,8 @@ class LatteTaskConfig:
       raise ConfigError("class_names has a name twice.")
     if not self.model.learn_variance:
       raise ConfigError("model.learn_variance is False: this objective learns the variance.")
+    if isinstance(self.text, FeatureTextConfig) and self.text.online:
+      raise ConfigError("text.online is True: Latte reads features that the encode stage wrote.")
     gaussian.process(None, self.schedule, self.prediction)
     self.check_sampler(self.sampler)
 
@@ -306,24 +311,29 @@ class Latte:
     )
     return gaussian.sample(model, noise, process, walk, method=sampler.method, eta=sampler.eta)
 
-  def conditions(self, prompts: list[str]) -> dict[str, np.ndarray]:
-    """Names of classes, or captions, as entries of a batch; "" is no condition.
+  def reader(self, mesh: jax.sharding.Mesh) -> Callable[[Sequence[Prompt]], dict[str, np.ndarray]]:
+    """A function of prompts, captions or names of classes, to the entries that `sample` reads.
 
-    Raises:
-      UserError: a class that does not exist (names the nearest), or a model without condition.
+    "" is no condition. The function raises UserError for a class that does not exist (and names
+    the nearest), or where the model has no condition.
     """
+    return self._classes if self._text is None else self._text.reader(mesh)
+
+  def too_long(self, prompt: Prompt) -> list[str]:
+    """What is not read of a prompt, in words."""
+    return [] if self._text is None else self._text.too_long(prompt)
+
+  def _classes(self, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+    names = [prompt.text for prompt in prompts]
     if self._labels is not None:
       none = len(self.config.class_names)
-      numbers = [none if prompt == "" else self._labels.number(prompt) for prompt in prompts]
+      numbers = [none if name == "" else self._labels.number(name) for name in names]
       return {"labels": np.array(numbers, np.int32)}
-    if self._text is not None:
-      return {"tokens": self._text.tokenize(prompts)}
-    for prompt in prompts:
-      if prompt:
-        raise UserError(
-          f"this model was trained without text and classes, and cannot draw {prompt!r}: leave the "
-          "prompt out."
-        )
+    for name in filter(None, names):
+      raise UserError(
+        f"this model was trained without text and classes, and cannot draw {name!r}: leave the "
+        "prompt out."
+      )
     return {}
 
   # ---- batches and costs

@@ -7,7 +7,7 @@ this file knows no autoencoder: decoding is the business of whoever samples.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -18,6 +18,7 @@ import numpy as np
 from mgen_jax import schema
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.diffusion import flow_matching, guidance, samplers, time_grids, v_prediction
+from mgen_jax.encoders import Prompt, StackConfig
 from mgen_jax.errors import ConfigError
 from mgen_jax.models import backbone
 from mgen_jax.models.autoencoder import AutoencoderConfig
@@ -124,6 +125,11 @@ class TextToVideoConfig:
           f"{path}.task.model.{key} is {getattr(self.model, key)}: the autoencoder has {channels}."
         )
 
+  def check_text(self, encoded: StackConfig, path: str, encode: str) -> None:
+    """Raises ConfigError where stage `encode` does not write the text features that this reads."""
+    if isinstance(self.text, text_inputs.FeatureTextConfig):
+      self.text.check_encoded(encoded, path, encode)
+
   def check_origin(self, origin: "TextToVideoConfig", path: str) -> None:
     """Raises ConfigError where this model cannot start from the parameters of `origin`."""
     for key in (field.name for field in dataclasses.fields(self.model)):
@@ -190,7 +196,7 @@ class TextToVideo:
     """Mean squared error of the velocity of "latents" [B, T, H, W, C] given the batch's text."""
     pair_keys, drop_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     drop = jax.vmap(lambda key: jax.random.bernoulli(key, self.config.caption_dropout))(drop_keys)
-    text = self._text.drop(self._text_of(batch), drop)
+    text = self._text.drop(self._text.thin(self._text_of(batch), drop_keys), drop)
     if self.config.objective == "v_prediction":
       x, t, target = v_prediction.training_pair(pair_keys, batch["latents"])
     else:
@@ -260,15 +266,15 @@ class TextToVideo:
     }
 
   def flops(self, bucket: Bucket) -> float:
-    """Training FLOPs of one example: three times the forward pass, trained text included."""
+    """Training FLOPs of one example: three forward passes, and one of encoders that are frozen."""
     return sum(self.flops_by_part(bucket).values())
 
   def flops_by_part(self, bucket: Bucket) -> dict[str, float]:
     """`flops`, by part of the model."""
     shape = self.config.latent_shape(bucket)[:3]
     parts = backbone.flops(self.config.model, shape, self.config.text.lengths)
-    parts["text_encoder"] = self._text.flops()
-    return {name: 3.0 * part for name, part in parts.items()}
+    trained = {name: 3.0 * part for name, part in parts.items()}
+    return {**trained, "text_encoder": float(self._text.flops())}
 
   def sample_flops_by_part(
     self, bucket: Bucket, sampler: SamplerConfig | None = None
@@ -291,9 +297,28 @@ class TextToVideo:
     """Captions -> int32 tokens [B, S]; raises UserError where the model reads features."""
     return self._text.tokenize(prompts)
 
-  def conditions(self, prompts: list[str]) -> dict[str, np.ndarray]:
-    """Captions as entries of a batch to sample; raises UserError where they cannot be read."""
-    return {"tokens": self.tokenize(prompts)}
+  def reader(self, mesh: jax.sharding.Mesh) -> Callable[[Sequence[Prompt]], dict[str, np.ndarray]]:
+    """A function of prompts to the entries that `sample` reads; loads text encoders on the mesh.
+
+    Raises UserError where they are missing, the function where the model has none.
+    """
+    return self._text.reader(mesh)
+
+  def too_long(self, prompt: Prompt) -> list[str]:
+    """What is not read of a prompt, in words."""
+    return self._text.too_long(prompt)
+
+  def frozen_shapes(self, mesh: jax.sharding.Mesh | None) -> Any:
+    """Parameters of text encoders that run in the training step, as shapes; None: none do."""
+    return self._text.frozen_shapes(mesh)
+
+  def load_frozen(self, mesh: jax.sharding.Mesh) -> Any:
+    """Those parameters; raises UserError where weights or a vocabulary are missing."""
+    return self._text.load_frozen(mesh)
+
+  def embed(self, frozen: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The batch with the features of its tokens."""
+    return self._text.embed(frozen, batch)
 
   def prepare(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
     """A record {"latents", "caption", ...} -> one row of the batch."""

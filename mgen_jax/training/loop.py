@@ -65,6 +65,7 @@ def train(
   folder: str,
   meta: dict[str, Any],
   load_initial: Callable[[Any, Any], Any] | None = None,
+  frozen: Any = None,
 ) -> float:
   """Trains a stage to its last step, or continues to train it.
 
@@ -78,6 +79,7 @@ def train(
     folder: of the stage; checkpoints, metrics and TensorBoard files go there.
     meta: saved in every checkpoint: what is needed to use it later.
     load_initial: (shapes, shardings) -> parameters to start from; None for random ones.
+    frozen: parameters that the task reads in every step and never changes, on the mesh; None: none.
 
   Returns:
     Seconds that this stage has taken, earlier runs of it included.
@@ -95,6 +97,8 @@ def train(
     optimizer, shapes, layout, train_step = make_program(task, config, mesh, seed)
     validate = step_lib.make_validation(task, seed=seed)
 
+    extra = () if frozen is None else (frozen,)
+
     # Restore.
     start, seconds_before = 0, 0.0
     if checkpoints.latest_step() is not None:
@@ -111,7 +115,9 @@ def train(
     if start:
       _check_data(restored.data, batches, checkpoints.folder)
     if start < config.steps:
-      train_step = step_lib.compile_for(train_step, state_lib.with_layout(shapes, layout), rows_of)
+      train_step = step_lib.compile_for(
+        train_step, state_lib.with_layout(shapes, layout), rows_of, frozen
+      )
     metrics = stack.enter_context(
       metrics_lib.Metrics(folder, name, steps=config.steps, start_step=start)
     )
@@ -124,7 +130,7 @@ def train(
       signum = stop.received(step, config.log_every)
       if step > start and _due(step, config.validate_every, last):
         losses = [
-          validate(state.ema, _to_devices(rows, rows_of[bucket]), index)
+          validate(state.ema, _to_devices(rows, rows_of[bucket]), index, *extra)
           for index, (bucket, rows) in enumerate(stream.validation())
         ]
         metrics.write(step, {"validation_loss": float(np.mean(jax.device_get(losses)))})
@@ -141,7 +147,7 @@ def train(
         break
       with meter.waiting():
         bucket, rows = next(batches)
-      state, values = train_step[bucket](state, _to_devices(rows, rows_of[bucket]))
+      state, values = train_step[bucket](state, _to_devices(rows, rows_of[bucket]), *extra)
       meter.after(step + 1, bucket, stream.batch_sizes[bucket], values)
   return seconds_before + time.perf_counter() - began
 

@@ -10,7 +10,7 @@ from absl import logging
 from mgen_jax import schema, tasks
 from mgen_jax.errors import UserError
 from mgen_jax.parallel import mesh as mesh_lib
-from mgen_jax.tasks.base import Task
+from mgen_jax.tasks.base import Task, frozen_shapes
 from mgen_jax.training import inputs, loop
 from mgen_jax.training import state as state_lib
 from mgen_jax.training.checkpoint import Checkpoints
@@ -43,6 +43,10 @@ def run(work: Workdir, name: str) -> None:
   elif stage.init_weights is not None:
     logging.info("stage %s starts from %s", name, stage.init_weights)
     load_initial = functools.partial(_load_weights, work, name, task)
+  frozen = None
+  if frozen_shapes(task, None) is not None:
+    logging.info("stage %s reads its frozen encoders", name)
+    frozen = task.load_frozen(mesh)
   seconds = loop.train(
     task,
     stage,
@@ -53,6 +57,7 @@ def run(work: Workdir, name: str) -> None:
     folder=str(work.folder(name)),
     meta=meta,
     load_initial=load_initial,
+    frozen=frozen,
   )
   work.finish(name, seconds, steps=stage.steps)
 

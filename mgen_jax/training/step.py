@@ -13,7 +13,7 @@ from absl import logging
 
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.parallel import rules
-from mgen_jax.tasks.base import Task
+from mgen_jax.tasks.base import Task, with_frozen
 from mgen_jax.training import state as state_lib
 from mgen_jax.training.outline import outline
 from mgen_jax.training.state import TrainState
@@ -75,7 +75,8 @@ def make_train_step(
     ema_decay: of the parameters; it is warmed up as (1 + step) / (10 + step).
 
   Returns:
-    step(state, batch) -> (state, metrics), all metrics fp32 scalars.
+    step(state, batch) -> (state, metrics), all metrics fp32 scalars; of a task with frozen
+    parameters step(state, batch, frozen).
   """
 
   def update(state: TrainState, loss: jax.Array, gradients: Any):
@@ -91,10 +92,13 @@ def make_train_step(
     old = (state.params, state.opt_state, state.ema)
     return norm, finite, jax.tree.map(lambda a, b: jax.lax.select(finite, a, b), new, old)
 
-  def train_step(state: TrainState, batch: Batch):
+  def train_step(state: TrainState, batch: Batch, frozen: Any = None):
+    learner = with_frozen(task, frozen)
     examples = jax.tree.leaves(batch)[0].shape[0]
     keys = state_lib.example_keys(seed, "train", state.step, examples)
-    loss, metrics, gradients = loss_and_gradients(task, state.params, batch, keys, passes(examples))
+    loss, metrics, gradients = loss_and_gradients(
+      learner, state.params, batch, keys, passes(examples)
+    )
     norm, finite, changed = outline(update)(state, loss, gradients)
     first_bad = jnp.where((state.nonfinite_step < 0) & ~finite, state.step, state.nonfinite_step)
     metrics = {
@@ -114,7 +118,8 @@ def compile_for(
   train_step: Callable[..., Any],
   state: TrainState,
   batches: Mapping[Bucket, Mapping[str, jax.ShapeDtypeStruct]],
-) -> dict[Bucket, Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]]:
+  frozen: Any = None,
+) -> dict[Bucket, Callable[..., tuple[TrainState, dict[str, jax.Array]]]]:
   """Compiles the step for every bucket before the first one runs, side by side.
 
   So a rare bucket cannot stall a run in the middle, nothing can compile twice, and a program that
@@ -124,13 +129,15 @@ def compile_for(
     train_step: from `make_train_step`.
     state: shapes, dtypes and shardings.
     batches: likewise, of each bucket.
+    frozen: likewise, of the parameters that no step changes; None: the step takes none.
 
   Returns:
     The compiled step of each bucket.
   """
   began = time.perf_counter()
   # Tracing holds Python's lock and depends on the mesh in use; only XLA's part runs side by side.
-  lowered = {bucket: train_step.lower(state, dict(batch)) for bucket, batch in batches.items()}
+  extra = () if frozen is None else (frozen,)
+  lowered = {b: train_step.lower(state, dict(batch), *extra) for b, batch in batches.items()}
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     compiled = dict(zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True))
   seconds = time.perf_counter() - began
@@ -138,12 +145,12 @@ def compile_for(
   return compiled
 
 
-def make_validation(task: Task, *, seed: int) -> Callable[[Any, Batch, jax.Array], jax.Array]:
-  """loss(params, batch, index) with noise that depends on the batch's index only."""
+def make_validation(task: Task, *, seed: int) -> Callable[..., jax.Array]:
+  """loss(params, batch, index[, frozen]) with noise that depends on the batch's index only."""
 
-  def validation(params, batch, index):
+  def validation(params, batch, index, frozen=None):
     examples = jax.tree.leaves(batch)[0].shape[0]
     keys = state_lib.example_keys(seed, "validation", index, examples)
-    return task.loss(params, batch, keys)[0]
+    return with_frozen(task, frozen).loss(params, batch, keys)[0]
 
   return jax.jit(validation)

@@ -10,6 +10,7 @@ import pytest
 from mgen_jax import tasks
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.data.pipeline import JointSource
+from mgen_jax.encoders import Prompt
 from mgen_jax.errors import ConfigError, UserError
 from mgen_jax.models.latte import LatteConfig
 from mgen_jax.tasks import text_inputs
@@ -36,6 +37,10 @@ def _config(condition="class", **values):
   if condition == "text":
     values["text"] = text_inputs.ByteTextConfig(width=16, heads=2, layers=1, mlp_width=32)
   return LatteTaskConfig(model=dataclasses.replace(MODEL, **model), **values)
+
+
+def _read(task, texts):
+  return task.reader(None)([Prompt(text) for text in texts])
 
 
 def _params(task, seed=0):
@@ -145,13 +150,13 @@ def test_samples_follow_the_condition_and_the_seed(condition):
   draw = jax.jit(lambda batch, keys: task.sample(params, batch, keys, CLIP))
   names = ["Archery", "ApplyLipstick"] if condition == "class" else ["", ""]
   keys = jax.random.split(jax.random.key(0), 2)
-  made = draw(task.conditions(names), keys)
+  made = draw(_read(task, names), keys)
   assert made.shape == (2, *task.config.latent_shape(CLIP)) and np.isfinite(made).all()
-  np.testing.assert_array_equal(made, draw(task.conditions(names), keys))
-  assert np.abs(made - draw(task.conditions(names), keys[::-1])).max() > 1e-3
+  np.testing.assert_array_equal(made, draw(_read(task, names), keys))
+  assert np.abs(made - draw(_read(task, names), keys[::-1])).max() > 1e-3
   if condition == "class":
-    other = draw(task.conditions(names[::-1]), keys)
-    none = draw(task.conditions(["", ""]), keys)
+    other = draw(_read(task, names[::-1]), keys)
+    none = draw(_read(task, ["", ""]), keys)
     assert np.abs(made - other).max() > 1e-3 and np.abs(made - none).max() > 1e-3
 
 
@@ -215,7 +220,7 @@ def test_a_caption_is_the_class_with_most_of_its_words():
 )
 def test_a_condition_that_does_not_exist_is_refused(condition, prompt, message):
   with pytest.raises(UserError, match=message):
-    tasks.make(_config(condition)).conditions([prompt])
+    _read(tasks.make(_config(condition)), [prompt])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,274 @@
+"""Weights come in from public files and go out again bit for bit; what is wrong is said."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from absl import flags
+from safetensors.numpy import load_file, save_file
+
+from mgen_jax import convert, encoders
+from mgen_jax.encoders import files, weights
+from mgen_jax.errors import UserError
+from mgen_jax.models.llama import LlamaConfig
+from mgen_jax.parallel import mesh as mesh_lib
+from tests.encoders import toys
+
+LLAMA = LlamaConfig(50, 16, 2, 4, 2, 24, 64, dtype="float32")
+
+
+def run(*arguments: str) -> None:
+  values = flags.FlagValues()
+  convert.define_flags(values)
+  values(["convert", *arguments])
+  convert.main([], values)
+
+
+def same_bits(a: dict, b: dict) -> bool:
+  return a.keys() == b.keys() and all(
+    a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes() for name in a
+  )
+
+
+@pytest.mark.parametrize(
+  ("family", "config", "dtype", "shards"),
+  [
+    ("t5", toys.T5, np.float32, 2),
+    ("clip_text", toys.CLIP, np.float16, 1),
+    ("llama", LLAMA, ml_dtypes.bfloat16, 3),
+  ],
+)
+def test_in_and_out_again_is_bit_for_bit(tmp_path, caplog, family, config, dtype, shards):
+  caplog.set_level("INFO")
+  source = toys.write(tmp_path / "hf", family, config, dtype=dtype, shards=shards)
+  run(f"--source={source}", f"--out={tmp_path / 'ours'}")
+  run(f"--source={tmp_path / 'ours'}", f"--out={tmp_path / 'back'}", "--shard_gib=0.001")
+  before = toys.tensors(family, config, 0, dtype)
+  after = {}
+  for path in (tmp_path / "back").glob("*.safetensors"):
+    after |= load_file(path)
+  assert same_bits(before, after)
+  count = len(before)
+  assert f"{count} of {count} tensors have the very bits" in caplog.text
+  manifest = json.loads((tmp_path / "ours" / "encoder.json").read_text())
+  facts = [fact for entry in manifest["tensors"].values() for fact in entry["sources"]]
+  assert {fact["name"] for fact in facts} == before.keys()
+  assert all(len(fact["sha256"]) == 64 for fact in facts)
+  with files.Source(tmp_path / "back") as source:  # as whoever comes next reads it
+    weights.match(source).complain(tmp_path)
+
+
+def test_a_whole_and_a_converted_folder_load_alike_on_any_mesh(tmp_path):
+  source = toys.write(tmp_path / "hf", "t5", toys.BYT5)
+  run(f"--source={source}", f"--out={tmp_path / 'ours'}")
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+  loaded = [
+    encoders.load("any", tmp_path / "hf", devices=jax.devices()[:1]),
+    encoders.load("any", tmp_path / "ours", mesh=mesh),
+  ]
+  kernel = loaded[1].params["layers"]["mlp"]["up"]["kernel"]
+  assert kernel.sharding.shard_shape(kernel.shape) == (2, 8, 12)
+  made = [encoder(["a red circle", "", "“hi”"]).features for encoder in loaded]
+  np.testing.assert_allclose(made[0], made[1], atol=1e-5)
+
+
+def test_weights_may_be_stored_in_bf16_and_still_come_back(tmp_path):
+  source = toys.write(tmp_path / "hf", "t5", toys.BYT5)
+  run(f"--source={source}", f"--out={tmp_path / 'ours'}", "--dtype=bfloat16")
+  stored = weights.read_stored(tmp_path / "ours")
+  assert {entry["dtype"] for entry in stored.tensors.values()} == {"bfloat16"}
+  run(f"--source={tmp_path / 'ours'}", f"--out={tmp_path / 'back'}")
+  after = load_file(tmp_path / "back" / "model.safetensors")
+  for name, value in toys.tensors("t5", toys.BYT5).items():
+    assert after[name].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(after[name], value.astype(ml_dtypes.bfloat16))
+
+
+def test_no_more_than_one_parameter_and_one_tensor_are_held(tmp_path, monkeypatch):
+  """Counted where they are made: nothing is kept from one to the next."""
+  source = toys.write(tmp_path / "hf", "t5", toys.BYT5)
+  alive = []
+  read, save = files.Source.read, weights._save_one
+
+  def counted(self, name):
+    array = read(self, name)
+    alive.append(array.nbytes)
+    return array
+
+  before = jax.live_arrays()
+
+  def saved(folder, path, array):
+    mine = [x for x in jax.live_arrays() if not any(x is other for other in before)]
+    assert sum(x.nbytes for x in mine) <= 2 * array.nbytes, path  # itself, and its last piece
+    save(folder, path, array)
+
+  monkeypatch.setattr(files.Source, "read", counted)
+  monkeypatch.setattr(weights, "_save_one", saved)
+  run(f"--source={source}", f"--out={tmp_path / 'ours'}")
+  assert len(alive) == len(toys.tensors("t5", toys.BYT5))  # each was read once
+
+
+def test_a_dry_run_writes_nothing_and_shows_what_it_would(tmp_path, capsys):
+  source = toys.write(tmp_path / "hf", "clip_text", toys.CLIP)
+  run(f"--source={source}", "--dry_run")
+  shown = capsys.readouterr().err
+  assert "layers/up/kernel" in shown and "encoder.layers.*.mlp.fc1.weight" in shown
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_old_and_new_names_are_read_alike_and_other_parts_are_left_out(tmp_path):
+  """transformers 4 puts a prefix and a buffer, a whole CLIP the other tower beside them."""
+  new = toys.tensors("clip_text", toys.CLIP)
+  old = {n if n.startswith("text_projection") else f"text_model.{n}": x for n, x in new.items()}
+  old["text_model.embeddings.position_ids"] = np.arange(77)[None]
+  old |= {"logit_scale": np.float32([4.6]), "visual_projection.weight": np.ones((8, 4), np.float32)}
+  folder = toys.write(tmp_path / "hf", "clip_text", toys.CLIP)
+  params = []
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1])
+  for made in (new, old):
+    save_file(made, folder / "model.safetensors")
+    with files.Source(folder) as source:
+      matched = weights.match(source)
+      matched.complain(folder)
+      params.append(weights.read_params(source, matched, mesh))
+  assert set(matched.ignored) == {
+    "logit_scale", "visual_projection.weight", "text_model.embeddings.position_ids",
+  }  # fmt: skip
+  jax.tree.map(np.testing.assert_array_equal, *params)
+
+
+def test_the_decoder_of_a_t5_is_left_out(tmp_path):
+  made = toys.tensors("t5", toys.BYT5)
+  folder = toys.write(tmp_path / "hf", "t5", toys.BYT5)
+  extra = {"decoder.block.0.layer.0.SelfAttention.q.weight": np.ones((4, 4), np.float32)}
+  extra |= {"lm_head.weight": made["shared.weight"]}
+  extra |= {"encoder.embed_tokens.weight": made["shared.weight"].copy()}
+  save_file({**made, **extra}, folder / "model.safetensors")
+  with files.Source(folder) as source:
+    matched = weights.match(source)
+    matched.complain(folder)
+  assert set(matched.ignored) == set(extra)
+
+
+def test_positions_are_stretched_on_the_way(tmp_path):
+  source = toys.write(tmp_path / "hf", "clip_text", toys.CLIP)
+  run(f"--source={source}", f"--out={tmp_path / 'ours'}", "--positions=256")
+  stored = weights.read_stored(tmp_path / "ours")
+  assert stored.config.max_positions == 256
+  run(f"--source={tmp_path / 'ours'}", f"--out={tmp_path / 'back'}")
+  after = load_file(tmp_path / "back" / "model.safetensors")
+  name = "embeddings.position_embedding.weight"
+  assert after[name].shape == (256, 16)
+  np.testing.assert_array_equal(after[name][:20], toys.tensors("clip_text", toys.CLIP)[name][:20])
+
+
+# What is wrong.
+
+
+def broken(folder, change):
+  made = toys.tensors("t5", toys.BYT5)
+  toys.write(folder, "t5", toys.BYT5)
+  change(made)
+  save_file(made, folder / "model.safetensors")
+  return folder
+
+
+def test_everything_that_does_not_fit_is_listed_and_nothing_is_written(tmp_path):
+  def change(made):
+    del made["encoder.block.1.layer.0.SelfAttention.k.weight"]
+    made["encoder.final_layer_norm.weight"] = np.ones(7, np.float32)
+    made["encoder.block.9.surprise"] = np.ones(1, np.float32)
+
+  folder = broken(tmp_path / "hf", change)
+  with pytest.raises(UserError) as raised:
+    run(f"--source={folder}", f"--out={tmp_path / 'ours'}")
+  for words in (
+    "1 missing: encoder.block.1.layer.0.SelfAttention.k.weight",
+    "1 misshaped: encoder.final_layer_norm.weight [7] instead of [16]",
+    "1 unmapped: encoder.block.9.surprise",
+  ):
+    assert words in str(raised.value)
+  assert not list(tmp_path.glob("ours*"))
+
+
+def test_a_dtype_that_is_not_a_float_is_refused(tmp_path):
+  folder = broken(
+    tmp_path / "hf", lambda made: made.update({"shared.weight": np.ones((384, 16), np.int8)})
+  )
+  with pytest.raises(UserError, match=r"shared\.weight has dtype I8 .* unquantised"):
+    run(f"--source={folder}", f"--out={tmp_path / 'ours'}")
+
+
+@pytest.mark.parametrize(
+  "where", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", ".."]
+)
+def test_an_index_that_points_outside_its_folder_is_refused(tmp_path, where):
+  folder = toys.write(tmp_path / "hf", "t5", toys.BYT5, shards=2)
+  path = folder / files.INDEX_NAME
+  index = json.loads(path.read_text())
+  index["weight_map"]["shared.weight"] = where
+  path.write_text(json.dumps(index))
+  with pytest.raises(UserError, match="outside its folder"):
+    files.Source(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 200, -1])
+def test_a_truncated_file_is_named(tmp_path, keep):
+  folder = toys.write(tmp_path / "hf", "t5", toys.BYT5)
+  path = folder / "model.safetensors"
+  path.write_bytes(path.read_bytes()[:keep])
+  with pytest.raises(UserError, match=r"model\.safetensors is cut short or is not"):
+    files.Source(folder)
+
+
+def test_other_faults_of_a_folder_are_one_sentence(tmp_path):
+  folder = toys.write(tmp_path / "hf", "t5", toys.BYT5, shards=2)
+  (folder / "model-00002-of-00002.safetensors").unlink()
+  with pytest.raises(UserError, match="which is missing"):
+    files.Source(folder)
+  pickled = tmp_path / "pickled"
+  pickled.mkdir()
+  (pickled / "config.json").write_text('{"model_type": "t5"}')
+  (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04")
+  with pytest.raises(UserError, match=r"pytorch_model\.bin.*can run code.*weights_only=True"):
+    files.Source(pickled)
+  with pytest.raises(UserError, match="is not a folder"):
+    files.Source(tmp_path / "nowhere")
+  (pickled / "config.json").write_text("{")
+  with pytest.raises(UserError, match=r"config\.json cannot be read"):
+    files.Source(pickled)
+  other = toys.write(tmp_path / "other", "t5", toys.BYT5)
+  (other / "config.json").write_text('{"model_type": "gpt2"}')
+  with pytest.raises(UserError, match="model_type 'gpt2', which is not known"):
+    run(f"--source={other}", "--dry_run")
+
+
+def test_the_named_encoder_must_be_what_the_folder_holds(tmp_path):
+  folder = toys.write(tmp_path / "hf", "t5", toys.BYT5)
+  with pytest.raises(UserError, match="does not hold byt5-small: width 16 instead of 1472"):
+    run(f"--source={folder}", "--encoder=byt5-small", f"--out={tmp_path / 'ours'}")
+  with pytest.raises(UserError, match=r'did you mean "byt5-small"'):
+    encoders.load("byt5-smal", folder)
+
+
+def test_a_damaged_parameter_is_named(tmp_path):
+  run(f"--source={toys.write(tmp_path / 'hf', 't5', toys.BYT5)}", f"--out={tmp_path / 'ours'}")
+  item = tmp_path / "ours" / "params" / "layers.mlp.up.kernel"
+  for path in item.rglob("*"):
+    if path.is_file():
+      path.write_bytes(b"")
+  with pytest.raises(UserError, match=r"layers\.mlp\.up\.kernel is damaged"):
+    encoders.load("any", tmp_path / "ours")
+
+
+def test_the_command_says_its_faults_in_one_line(tmp_path):
+  done = subprocess.run(
+    [sys.executable, "-m", "mgen_jax.convert", f"--source={tmp_path}", "--out=x"],
+    capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 2 and done.stderr.startswith("error: ")
+  assert len(done.stderr.strip().splitlines()) == 1

@@ -1,0 +1,210 @@
+"""From public weights to a video: Marbles, with frozen text encoders online and through the cache.
+
+A toy T5 with a vocabulary trained on the captions and a toy ByT5 are written as users find them,
+converted by the command, named in a recipe, run both ways, and sampled from a prompt.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from mgen_jax import config as config_lib
+from mgen_jax import convert, encode, ingest, sample, tasks
+from mgen_jax.data import records
+from mgen_jax.data.buckets import parse_bucket
+from mgen_jax.data.marbles import world
+from mgen_jax.errors import ConfigError, UserError
+from mgen_jax.parallel import mesh as mesh_lib
+from mgen_jax.planning import planner, topologies
+from mgen_jax.training import metrics, runner
+from mgen_jax.workdir import Workdir
+from tests import tiny, untrained
+from tests.encoders import toys
+
+BUCKET = "4x32x32"
+STAGES = ("cached", "online")
+
+
+def run_convert(*arguments: str) -> None:
+  values = flags.FlagValues()
+  convert.define_flags(values)
+  values(["convert", *arguments])
+  convert.main([], values)
+
+
+def recipe(folder, **changes):
+  """tests/tiny.py with two stages that differ in where their text features come from."""
+  values = tiny.get_config().to_dict()
+  text = {
+    "kind": "features",
+    "names": ("t5", "byt5"),
+    "encoders": ("any", "any"),
+    "weights": (str(folder / "t5"), str(folder / "byt5")),
+    "reads": ("prompt", "quoted"),
+    "widths": (24, 16),
+    "lengths": (64, 12),
+    "dtype": "float32",
+    "dropout": (0.3, 0.0),
+    **changes,
+  }
+  made = values["stages"]
+  encoded = {**made["encode"], "buckets": (BUCKET,), "text": config_lib.encoded_text(text)}
+  stage = made["t2v"]
+  stage = {**stage, "init_from": None, "steps": 3, "buckets": {"b" + BUCKET: {"batch": 8}}}
+  model = {**stage["task"]["model"], "context_widths": (24, 16)}
+
+  def train(online):
+    return {**stage, "task": {**stage["task"], "model": model, "text": {**text, "online": online}}}
+
+  return config_lib.experiment(
+    name="encoders",
+    data={**values["data"], "marbles": {**values["data"]["marbles"], "clips": 16}},
+    stages={
+      "ingest": {**made["ingest"], "workers": 1},
+      "autoencoder": {**made["autoencoder"], "steps": 1, "buckets": {"b" + BUCKET: {"batch": 8}}},
+      "encode": encoded,
+      "cached": train(False),
+      "online": train(True),
+    },
+  )
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+  """The two encoders, converted; the vocabulary is of captions like those of the run."""
+  folder = tmp_path_factory.mktemp("weights")
+  drawn = [world.sample_scene(seed, world.WorldConfig()) for seed in range(200)]
+  toys.write(folder / "hf_t5", "t5", toys.T5)
+  toys.vocabulary(folder / "hf_t5", [world.caption(scene) for scene in drawn], toys.T5.vocab)
+  toys.write(folder / "hf_byt5", "t5", toys.BYT5, shards=2)
+  for name in ("t5", "byt5"):
+    run_convert(f"--source={folder / f'hf_{name}'}", f"--out={folder / name}")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def work(weights, tmp_path_factory):
+  """A run that has trained both stages, on the latents of a random autoencoder."""
+  root = tmp_path_factory.mktemp("run") / "run"
+  work = Workdir.create(root, config_lib.resolve(recipe(weights)))
+  stages = {"ingest": ingest.run, "encode": encode.run}
+  for name in work.experiment.recipe:
+    work.start(name)
+    if name == "autoencoder":
+      untrained.save(work, name, seed=0)
+      work.finish(name, 1.0, steps=1)
+    else:
+      stages.get(name, runner.run)(work, name)
+  return work
+
+
+def losses(work, stage):
+  lines = metrics.read(str(work.folder(stage)))
+  return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_the_records_hold_features_as_long_as_their_captions(work):
+  source = records.open_records(work.folder("encode") / "train" / BUCKET)
+  lengths = set()
+  for index in range(len(source)):
+    arrays = source[index].arrays
+    assert arrays["text_t5"].shape[1:] == (24,) and arrays["text_t5"].dtype == np.float32
+    assert arrays["text_byt5"].shape == (0, 16)  # no caption of Marbles quotes anything
+    lengths.add(len(arrays["text_t5"]))
+  assert max(lengths) <= 64 and len(lengths) > 1
+
+
+def test_online_and_cached_features_give_the_same_training(work):
+  cached, online = (losses(work, stage) for stage in STAGES)
+  assert len(cached) == 3 and len(set(cached)) == 3
+  np.testing.assert_allclose(online, cached, rtol=1e-5)
+
+
+def test_the_encoders_are_not_part_of_the_checkpoint(work):
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1])
+  with mesh_lib.use(mesh):
+    trees = [runner.load_trained(work, stage, mesh)[1] for stage in STAGES]
+  assert set(trees[0]) == {"backbone"}
+  assert jax.tree.structure(trees[0]) == jax.tree.structure(trees[1])
+
+
+def test_a_model_of_features_is_sampled_from_a_prompt(work):
+  """The frame rate, the quoted text and the prompt itself all tell."""
+  bucket = parse_bucket(BUCKET)
+  videos = {}
+  prompts = ["a red circle moves left", 'a red circle says "hi"', "a red circle says hi", ""]
+  for stage in STAGES:
+    generator = sample.Generator.load(work, stage, devices=jax.devices()[:1])
+    videos[stage] = generator.generate(prompts, bucket, [3] * 4).astype(int)
+  assert np.abs(videos["cached"] - videos["online"]).max() <= 2  # three steps of rounding apart
+  for row in range(1, 4):
+    assert np.abs(videos["cached"][row] - videos["cached"][0]).max() > 0
+  generator.fps = 24.0
+  assert np.abs(generator.generate(prompts[:1], bucket, [3]) - videos["online"][:1]).max() > 0
+
+
+def test_the_plan_of_an_online_stage_holds_its_encoders(work):
+  topology = topologies.parse("cpu:8")
+  devices = topologies.devices(topology)
+  plans = {
+    stage: planner.make_plan(
+      work.experiment, stage, parse_bucket(BUCKET), topology, devices, advise=False
+    ).record
+    for stage in STAGES
+  }
+  assert plans["cached"]["memory_gib"]["frozen"] == 0
+  params = tasks.make(work.experiment.stages["online"].task).frozen_shapes(None)
+  total = sum(leaf.size * 4 for leaf in jax.tree.leaves(params)) / 2**30
+  # Sharded over eight devices, but for what does not divide.
+  assert total / 8 < plans["online"]["memory_gib"]["frozen"] < total / 3
+  parts = plans["online"]["model_flops_by_part"], plans["cached"]["model_flops_by_part"]
+  assert parts[0]["text_encoder"] > 0 == parts[1]["text_encoder"]
+
+
+def test_what_is_missing_is_said_before_anything_is_trained(work, weights, tmp_path):
+  stage = work.experiment.stages["online"]
+
+  def begin(**changes):
+    text = dataclasses.replace(stage.task.text, **changes)
+    task = tasks.make(dataclasses.replace(stage.task, text=text))
+    return task.load_frozen(mesh_lib.make_mesh(mesh_lib.MeshConfig()))
+
+  with pytest.raises(UserError, match=r"no converted encoder: make it with .*mgen_jax\.convert"):
+    begin(weights=(str(weights / "nowhere"), str(weights / "byt5")))
+  run_convert(f"--source={toys.write(tmp_path / 'hf', 't5', toys.T5)}", f"--out={tmp_path / 'no'}")
+  with pytest.raises(UserError, match=r"no has no vocabulary .*: put its spiece\.model"):
+    begin(weights=(str(tmp_path / "no"), str(weights / "byt5")))
+  with pytest.raises(UserError, match="does not hold ul2"):
+    begin(encoders=("ul2", "any"), widths=(4096, 16))
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    ({"encoders": ("any",)}, "one entry for each of the encoders"),
+    ({"encoders": ("ul3", "any")}, 'did you mean "ul2"'),
+    ({"encoders": ("ul2", "any")}, r"widths is .*ul2 makes features of 4096"),
+    ({"encoders": ("llama3-8b", "any")}, "does not make features"),
+    ({"encoders": ("metaclip-l-text", "any"), "lengths": (78, 12)}, "reads 1 to 77"),
+    ({"dropout": (0.5,)}, "one share for each"),
+    ({"dropout": (0.5, 1.5)}, "between 0 and 1"),
+  ],
+)
+def test_a_stack_that_cannot_be_is_refused(weights, change, words):
+  with pytest.raises(ConfigError, match=words):
+    config_lib.resolve(recipe(weights, **change))
+
+
+def test_a_stage_that_reads_what_encode_does_not_write_is_refused(weights):
+  values = recipe(weights)
+  values.stages.encode.text.lengths = (64, 11)
+  with pytest.raises(ConfigError, match="differ in lengths"):
+    config_lib.resolve(values)
+  values.stages.encode.text = config_lib.schema.to_config_dict(config_lib.StackConfig())
+  with pytest.raises(ConfigError, match=r"makes none: .* or set .*online"):
+    config_lib.resolve(values)
+  values.stages.cached.task.text.online = True
+  config_lib.resolve(values)
