@@ -316,7 +316,7 @@ def test_a_folder_that_is_no_run_is_refused(command, tmp_path):
 
 def test_a_run_that_has_trained_nothing_says_so(command, work, tmp_path):
   (tmp_path / "config.json").write_text((work.root / "config.json").read_text())
-  with pytest.raises(UserError, match="no finished stage that trains text_to_video"):
+  with pytest.raises(UserError, match="no finished stage that trains latte or text_to_video"):
     command("--prompt=x", f"--workdir={tmp_path}")
 
 
