@@ -43,7 +43,7 @@ def same_bits(a: dict, b: dict) -> bool:
   ],
 )
 def test_in_and_out_again_is_bit_for_bit(tmp_path, caplog, family, config, dtype, shards):
-  caplog.set_level("INFO")
+  caplog.set_level("INFO", logger="absl")
   source = toys.write(tmp_path / "hf", family, config, dtype=dtype, shards=shards)
   run(f"--source={source}", f"--out={tmp_path / 'ours'}")
   run(f"--source={tmp_path / 'ours'}", f"--out={tmp_path / 'back'}", "--shard_gib=0.001")
