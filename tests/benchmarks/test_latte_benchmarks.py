@@ -18,7 +18,7 @@ def test_both_sides_are_the_same_step():
 
 def test_every_class_is_asked_for_alike():
   world = marbles.WorldConfig(
-    colours=("red", "blue"), shapes=("circle",), motions=("moves left", "moves up")
+    colours=("red", "blue"), shapes=("circle",), motions=("moves left", "moves up"), max_objects=1
   )
   prompts = latte_ablations.prompts_of(world, 8)
   texts = [prompt.text for prompt in prompts]
