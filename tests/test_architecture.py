@@ -12,7 +12,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-BELOW_TASKS = {"errors", "schema", "parallel", "data", "models", "diffusion"}
+BELOW_TASKS = {"errors", "schema", "parallel", "data", "models", "diffusion", "weights"}
 BELOW_TRAINING = BELOW_TASKS | {"tasks", "config", "workdir"}
 LIBRARY = BELOW_TRAINING | {"training", "planning", "evaluation", "cli"}
 COMMANDS = {"main", "ingest", "plan", "encode", "sample", "evaluate", "convert"}
@@ -26,6 +26,7 @@ MAY_IMPORT = {
   "data": {"errors"},
   "diffusion": {"errors"},
   "models": {"errors", "parallel"},
+  "weights": {"errors", "models"},
   "tasks": BELOW_TASKS,
   "config": BELOW_TASKS | {"tasks"},  # where the parts' configs meet
   "workdir": {"errors", "schema", "data", "config"},

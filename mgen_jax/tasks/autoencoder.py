@@ -11,7 +11,7 @@ import numpy as np
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.diffusion import flow_matching
 from mgen_jax.errors import ConfigError
-from mgen_jax.models import autoencoder
+from mgen_jax.models import autoencoder, autoencoder_flops
 from mgen_jax.models.autoencoder import AutoencoderConfig
 from mgen_jax.tasks.base import ArraySpec
 
@@ -106,7 +106,7 @@ class AutoencoderTask:
   def flops_by_part(self, bucket: Bucket) -> dict[str, float]:
     """`flops`, by part of the model."""
     shape = (bucket.frames, bucket.height, bucket.width)
-    return {k: 3.0 * v for k, v in autoencoder.flops(self.config.model, shape).items()}
+    return {k: 3.0 * v for k, v in autoencoder_flops.flops(self.config.model, shape).items()}
 
   def tokens(self, bucket: Bucket) -> int:
     """Latent positions."""
