@@ -116,6 +116,8 @@ class TrainStage:
   latents: str | None = None  # the encode stage whose latents are read; None: media, decoded
   init_from: str | None = None  # the stage whose averaged parameters this one starts from
   optimizer: OptimizerConfig = OptimizerConfig()
+  # Of parts of the parameters that are optimized apart, by top-level name ("discriminator").
+  optimizers: dict[str, OptimizerConfig] = dataclasses.field(default_factory=dict)
   ema_decay: float = 0.999
   accumulate: int = 1  # passes of batch / accumulate examples for each optimizer step
   mesh: MeshConfig = MeshConfig()
@@ -176,11 +178,24 @@ class EvaluateStage:
   targets: TargetsConfig = TargetsConfig()
 
 
+@dataclasses.dataclass(frozen=True)
+class ReconstructStage:
+  """Measures autoencoders on held-out clips, side by side."""
+
+  kind: str = "reconstruct"
+  autoencoders: tuple[str, ...] = ()  # the stages that trained them
+  buckets: tuple[str, ...] = ()
+  clips: int = 48  # held-out clips of each bucket, at most
+  batch: int = 8
+  lpips_weights: tuple[str, ...] = ()  # safetensors of VGG16 and LPIPS; none: LPIPS is left out
+
+
 STAGES = {
   "ingest": IngestStage,
   "train": TrainStage,
   "encode": EncodeStage,
   "evaluate": EvaluateStage,
+  "reconstruct": ReconstructStage,
 }
 
 
@@ -252,6 +267,8 @@ def resolve(values: Mapping[str, Any] | config_dict.ConfigDict) -> Experiment:
       _earlier(made, name, "generator", stage.generator, made.recipe[:index], "train")
       generator = made.stages[stage.generator]
       _check_bucket(f"config.stages.{name}.bucket", generator, stage.bucket, parse_bucket)
+    elif isinstance(stage, ReconstructStage):
+      _check_reconstruct(made, name, stage, made.recipe[:index])
   return made
 
 
@@ -359,6 +376,20 @@ def _check_train(made: Experiment, name: str, stage: TrainStage, before: tuple[s
     raise ConfigError(f"{path}.latents is set, but {stage.task.name} learns from media: unset it.")
 
 
+def _check_reconstruct(
+  made: Experiment, name: str, stage: ReconstructStage, before: tuple[str, ...]
+) -> None:
+  path = f"config.stages.{name}"
+  if not stage.autoencoders or not stage.buckets:
+    raise ConfigError(f"{path}.autoencoders and .buckets must name one or more each.")
+  for coder in stage.autoencoders:
+    trained = _earlier(made, name, "autoencoders", coder, before, "train")
+    if tasks.TASKS[trained.task.name].source != "media":
+      raise ConfigError(f"{path}.autoencoders has {coder}, which trains {trained.task.name}.")
+    for bucket in stage.buckets:
+      _check_bucket(f"{path}.buckets", trained, bucket, parse_bucket)
+
+
 def _check_bucket(path: str, stage: TrainStage, name: str, parse: Callable[[str], Bucket]) -> None:
   try:
     stage.task.check_bucket(parse(name))
@@ -382,6 +413,8 @@ def inputs_of(made: Experiment, name: str) -> tuple[str, ...]:
   if isinstance(stage, TrainStage):
     source = ingest if stage.latents is None else (stage.latents,)
     return source if stage.init_from is None else (*source, stage.init_from)
+  if isinstance(stage, ReconstructStage):
+    return (*ingest, *stage.autoencoders)
   if isinstance(stage, EvaluateStage):
     generator = made.stages[stage.generator]
     return (*ingest, generator.latents, stage.generator)

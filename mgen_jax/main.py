@@ -18,7 +18,7 @@ from absl import flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from mgen_jax import cli, encode, evaluate, ingest, schema
+from mgen_jax import cli, encode, evaluate, ingest, reconstruct, schema
 from mgen_jax import config as config_lib
 from mgen_jax.errors import UserError
 from mgen_jax.training import runner
@@ -37,6 +37,7 @@ RUNNERS = {
   "train": runner.run,
   "encode": encode.run,
   "evaluate": evaluate.run,
+  "reconstruct": reconstruct.run,
 }
 
 

@@ -14,8 +14,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 BELOW_TASKS = {"errors", "schema", "parallel", "data", "models", "diffusion", "weights"}
 BELOW_TRAINING = BELOW_TASKS | {"tasks", "config", "workdir"}
-LIBRARY = BELOW_TRAINING | {"training", "planning", "evaluation", "cli"}
-COMMANDS = {"main", "ingest", "plan", "encode", "sample", "evaluate", "convert"}
+LIBRARY = BELOW_TRAINING | {"training", "coding", "planning", "evaluation", "cli"}
+COMMANDS = {"main", "ingest", "plan", "encode", "sample", "evaluate", "reconstruct", "convert"}
 
 # Part of mgen_jax -> the other parts that it may import. A part may always import itself.
 MAY_IMPORT = {
@@ -31,6 +31,7 @@ MAY_IMPORT = {
   "config": BELOW_TASKS | {"tasks"},  # where the parts' configs meet
   "workdir": {"errors", "schema", "data", "config"},
   "training": BELOW_TRAINING - {"models", "diffusion"},  # it knows no model
+  "coding": BELOW_TASKS | {"tasks"},
   "planning": BELOW_TRAINING | {"training"},  # compiles what training would run
   "evaluation": {"errors", "schema", "data", "models", "diffusion"},
   "cli": {"errors", "schema", "training"},

@@ -20,14 +20,30 @@ from mgen_jax.training.state import TrainState
 Batch = dict[str, jax.Array]
 
 
+def objective(task: Task, step: jax.Array) -> Callable[..., Any]:
+  """What a step descends: (params, batch, keys) -> (loss, metrics).
+
+  Of a task with several players it is the sum of their losses. Each of these has a gradient for its
+  own part of the parameters only, so one backward pass serves them all.
+  """
+  if not hasattr(task, "loss_at"):
+    return task.loss
+
+  def total(params, batch, keys):
+    losses, metrics = task.loss_at(params, batch, keys, step)
+    return sum(losses.values()), metrics | {f"{name}_loss": x for name, x in losses.items()}
+
+  return total
+
+
 def loss_and_gradients(
-  task: Task, params: Any, batch: Batch, keys: jax.Array, accumulate: int
+  loss: Callable[..., Any], params: Any, batch: Batch, keys: jax.Array, accumulate: int
 ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-  """Mean loss, metrics and gradients over a batch, in `accumulate` passes of equal size.
+  """Mean of a `loss`, metrics and gradients over a batch, in `accumulate` passes of equal size.
 
   Every example has its own key, so the split changes the order of summation and nothing else.
   """
-  gradient = jax.value_and_grad(task.loss, has_aux=True)
+  gradient = jax.value_and_grad(loss, has_aux=True)
   if accumulate == 1:
     (loss, metrics), gradients = gradient(params, batch, keys)
     return loss, metrics, gradients
@@ -80,7 +96,8 @@ def make_train_step(
   def train_step(state: TrainState, batch: Batch):
     examples = jax.tree.leaves(batch)[0].shape[0]
     keys = state_lib.example_keys(seed, "train", state.step, examples)
-    loss, metrics, gradients = loss_and_gradients(task, state.params, batch, keys, accumulate)
+    descended = objective(task, state.step)
+    loss, metrics, gradients = loss_and_gradients(descended, state.params, batch, keys, accumulate)
     norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
