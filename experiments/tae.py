@@ -5,12 +5,12 @@
       --config.stages.tae_256.task.image_weights=sd3_vae.safetensors
 
 full  Stable Diffusion's layout, inflated to 2.5D; starts from the weights of an image autoencoder
-      with 16 channels where they are named, else from random ones. 256 px, then 512 px; one batch of
-      images to three of videos, as in the paper; a patch discriminator from step 20,000 on.
+      of 16 channels where they are named, else from random ones. 256 px, then 512 px; one batch
+      of images to three of videos, as in the paper; a patch discriminator from step 20,000 on.
       Hardware: 64 devices of 80 GB; not run by us. Widths, steps, rates and the weights of the
       losses are ours: the paper states none of them.
 toy   on Marbles at 64 px, against a frame-wise autoencoder of 8 channels trained for as many steps
-      on as many clips: the paper's Table 10 in small. Hardware: 4 CPU cores; figures in
+      of as many FLOPs: the paper's Table 10 in small. Hardware: 4 CPU cores; figures in
       docs/numbers.md, "Autoencoders".
 """
 
@@ -28,15 +28,14 @@ WORLD = {
 }
 MARBLES = {"clips": 1000, "sizes": ((64, 64),), "frames": (16,), "sound": False, "world": WORLD}
 
-# A level of pixels joined 4x4x4, and one of half that size: convolutions at full size are too slow
-# on a CPU.
+# Positions of 4x8x8 pixels, then of 8x8x8: convolutions next to the pixels are too slow on a CPU.
 TOY_MODEL = {
-  "channels": 64,
-  "multipliers": (1, 2),
+  "channels": 96,
+  "multipliers": (1, 1),
   "res_blocks": 1,
   "decoder_res_blocks": 1,
-  "patch": (4, 4, 4),
-  "space_down": (0,),
+  "patch": (4, 8, 8),
+  "space_down": (),
   "time_down": (0,),
   "mid_attention": False,
   "norm": "rms",
@@ -44,11 +43,15 @@ TOY_MODEL = {
 }
 TOY_FRAME_WISE = {
   **TOY_MODEL,
-  "patch": (1, 4, 4),
+  "multipliers": (1,),
+  "patch": (1, 8, 8),
   "time_down": (),
   "temporal": False,
   "latent_channels": 8,
 }
+# 32 single frames cost the frame-wise model what 8 clips of 16 frames cost the temporal one.
+TOY_BUCKETS = {"b1x64x64": {"batch": 16, "weight": 1.0}, "b16x64x64": {"batch": 8, "weight": 3.0}}
+TOY_FRAMES = {"b1x64x64": {"batch": 32}}
 
 
 def devices(arm="full"):
@@ -56,18 +59,15 @@ def devices(arm="full"):
   return {"tae_256": 64, "tae_512": 64} if arm == "full" else {"tae": 1, "frame_wise": 1}
 
 
-def toy_train(model, steps, **task):
-  """A stage that trains a toy on Marbles: one batch of images to three of videos."""
+def toy_train(model, steps, buckets):
+  """A stage that trains a toy on Marbles."""
   muon = {"name": "muon", "lr": 3e-3, "muon_lr": 0.03, "schedule": "linear", "end_factor": 0.02}
   losses = {"l1_weight": 0.0, "l2_weight": 1.0, "kl_weight": 1e-4}
   return {
     "kind": "train",
-    "task": {"name": "autoencoder", "model": model, **losses, **task},
+    "task": {"name": "autoencoder", "model": model, **losses},
     "steps": steps,
-    "buckets": {
-      "b1x64x64": {"batch": 16, "weight": 1.0},
-      "b16x64x64": {"batch": 8, "weight": 3.0},
-    },
+    "buckets": buckets,
     "optimizer": {**muon, "warmup_steps": 20, "b2": 0.98},
     "ema_decay": 0.98,
     "log_every": 25,
@@ -113,8 +113,8 @@ def get_config(arm="full"):
       data={"marbles": MARBLES, "held_out": 0.06},
       stages={
         "ingest": {"kind": "ingest"},
-        "tae": toy_train(TOY_MODEL, 400),
-        "frame_wise": toy_train(TOY_FRAME_WISE, 400),
+        "tae": toy_train(TOY_MODEL, 300, TOY_BUCKETS),
+        "frame_wise": toy_train(TOY_FRAME_WISE, 300, TOY_FRAMES),
         "reconstruct": {
           "kind": "reconstruct",
           "autoencoders": ("tae", "frame_wise"),

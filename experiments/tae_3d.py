@@ -4,8 +4,8 @@
   python -m mgen_jax.main --config=experiments/tae_3d.py:full --distributed
 
 Both arms are the smaller autoencoder of the paper's ablations: 4x4x4 compression, 8 channels. The
-paper found 3D better by 0.3 dB and too costly for that. Hardware: full, 64 devices of 80 GB, 256 px,
-not run by us; toy, 4 CPU cores, Marbles at 64 px, figures in docs/numbers.md, "Autoencoders".
+paper found 3D better by 0.3 dB and too costly for that. Hardware: full, 64 devices of 80 GB, 256
+px, not run by us; toy, 4 CPU cores, Marbles at 64 px, figures in docs/numbers.md, "Autoencoders".
 """
 
 from mgen_jax import config
@@ -32,12 +32,12 @@ def devices(arm="full"):
 def _toy(inflation):
   muon = {"name": "muon", "lr": 3e-3, "muon_lr": 0.03, "schedule": "linear", "end_factor": 0.02}
   model = {
-    "channels": 48,
+    "channels": 64,
     "multipliers": (1, 1),
     "res_blocks": 1,
     "decoder_res_blocks": 1,
-    "patch": (2, 2, 2),
-    "space_down": (0,),
+    "patch": (2, 4, 4),
+    "space_down": (),
     "time_down": (0,),
     "latent_channels": 8,
     "mid_attention": False,

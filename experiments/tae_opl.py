@@ -4,10 +4,10 @@ without.
   python -m mgen_jax.main --config=experiments/tae_opl.py:toy
   python -m mgen_jax.main --config=experiments/tae_opl.py:full --distributed
 
-The smaller autoencoder of the paper's ablations (4x4x4, 8 channels) at 512 px. The reconstruct stage
-also reports the spot statistic: the largest normalised latent norm, which the penalty is to lower.
-Hardware: full, 64 devices of 80 GB, not run by us; toy, 4 CPU cores, Marbles at 64 px, figures in
-docs/numbers.md, "Autoencoders".
+The smaller autoencoder of the paper's ablations (4x4x4, 8 channels) at 512 px. The reconstruct
+stage also reports the spot statistic: the largest normalised latent norm, which the penalty is to
+lower. Hardware: full, 64 devices of 80 GB, not run by us; toy, 4 CPU cores, Marbles at 64 px,
+figures in docs/numbers.md, "Autoencoders".
 """
 
 from mgen_jax import config
@@ -59,12 +59,12 @@ def _full(steps, frames=16, side=512, **task):
 def _toy(steps, **task):
   adam = {"lr": 1e-3, "schedule": "linear", "end_factor": 0.05, "b2": 0.98, "warmup_steps": 20}
   model = {
-    "channels": 48,
+    "channels": 64,
     "multipliers": (1, 1),
     "res_blocks": 1,
     "decoder_res_blocks": 1,
-    "patch": (2, 2, 2),
-    "space_down": (0,),
+    "patch": (2, 4, 4),
+    "space_down": (),
     "time_down": (0,),
     "latent_channels": 8,
     "mid_attention": False,

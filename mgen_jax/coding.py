@@ -264,7 +264,8 @@ class Coder:
     self.model.latent_shape(max(1, len(frames)), *frames.shape[1:3])
     if frames.dtype != np.uint8 and not np.isfinite(frames).all():
       raise UserError(
-        f"{int((~np.isfinite(frames)).sum())} pixels are not finite: give uint8, or float in [-1, 1]."
+        f"{int((~np.isfinite(frames)).sum())} pixels are not finite: give uint8, or float in "
+        "[-1, 1]."
       )
     return frames
 

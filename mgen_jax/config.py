@@ -101,6 +101,10 @@ class EncodeStage:
   buckets: tuple[str, ...] = ()
   batch: int = 16
   shard_examples: int = 512  # records of one file
+  # "moments": mean and log-variance of each latent; "sample": one draw from that normal.
+  keep: Literal["moments", "sample"] = "moments"
+  # What `python -m mgen_jax.encode` has written: taken as it is, if of the same autoencoder.
+  folder: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

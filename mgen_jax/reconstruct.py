@@ -6,8 +6,8 @@
   WORKDIR/STAGE/reconstruction.png     originals above what each autoencoder made of them
 
 PSNR and SSIM are scikit-image's, by frame (`evaluation/reconstruction.py`); LPIPS where its weights
-are named; rFID and rFVD on fixed random features unless others are plugged in; "spot" is the largest
-normalised latent norm (`tasks/autoencoder_losses.py`).
+are named; rFID and rFVD on fixed random features unless others are plugged in; "spot" is the
+largest normalised latent norm (`tasks/autoencoder_losses.py`).
 """
 
 import json
@@ -204,7 +204,9 @@ def _lpips(paths: Sequence[str]) -> Distance:
   apply = jax.jit(lambda p, a, b: perceptual.Lpips().apply(p, to_float(a), to_float(b)))
 
   def distance(original, made):
-    values = [apply(params, jnp.asarray(a), jnp.asarray(b)) for a, b in zip(original, made)]
+    values = [
+      apply(params, jnp.asarray(a), jnp.asarray(b)) for a, b in zip(original, made, strict=True)
+    ]
     return np.asarray(values).mean(1)
 
   return distance

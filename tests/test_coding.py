@@ -98,7 +98,7 @@ def test_the_reach_is_the_models_and_no_more(side):
     jax.grad(lambda x: jnp.square(pick(model.apply(params, x, method=method))).sum())
   )(x)
   touched = np.flatnonzero(np.abs(np.asarray(gradient)).max((0, 2, 3, 4)) > 0)
-  assert 0 < low and high < x.shape[1] - 1
+  assert low > 0 and high < x.shape[1] - 1
   assert (touched.min(), touched.max()) == (low, high)
 
 

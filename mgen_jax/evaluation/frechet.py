@@ -1,9 +1,9 @@
 """Frechet distances between sets of videos, on features that can be plugged in.
 
 FID and FVD are this distance on the features of an Inception and an I3D network; reconstructions
-against originals give rFID and rFVD. A `Features` is any function of clips, so those networks can be
-used where their weights are. Without weights there are fixed random convolutions: their distances
-order damage, but compare only with distances on the same features, and are no FID.
+against originals give rFID and rFVD. A `Features` is any function of clips, so those networks can
+be used where their weights are. Without weights there are fixed random convolutions: their
+distances order damage, but compare only with distances on the same features, and are no FID.
 """
 
 from collections.abc import Callable
@@ -30,8 +30,8 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
   """
   if min(len(a), len(b)) < 2 or a.shape[1:] != b.shape[1:]:
     raise UserError(
-      f"features of shapes {a.shape} and {b.shape} have no Frechet distance: give two clips or more "
-      "of one kind."
+      f"features of shapes {a.shape} and {b.shape} have no Frechet distance: give two clips or "
+      "more of one kind."
     )
   a, b = a.astype(np.float64), b.astype(np.float64)
   gap = a.mean(0) - b.mean(0)

@@ -264,8 +264,8 @@ class Middle(nn.Module):
     return _res_block(self.config, self.features, "block2")(x)
 
 
-# The two parts that a pass can be cut into: "levels" stands next to the pixels, and what it makes of
-# a frame depends on a few neighbours only; "middle" stands next to the latents, is small, and
+# The two parts that a pass can be cut into: "levels" stands next to the pixels, and what it makes
+# of a frame depends on a few neighbours only; "middle" stands next to the latents, is small, and
 # attends to all frames.
 Part = Literal["levels", "middle"]
 

@@ -1,4 +1,4 @@
-"""The temporal autoencoder as a task: reconstruction, perceptual, KL, outlier and adversarial losses
+"""The temporal autoencoder as a task: reconstruction, perceptual, KL, outlier, adversarial losses
 (Movie Gen, section 3.1.1).
 
 Its parameters are those of the model, "encoder" and "decoder", and beside them "discriminator" and
@@ -88,7 +88,7 @@ class AutoencoderTask:
   """Videos -> latents -> videos."""
 
   source = "media"
-  frozen = ("perceptual",)
+  untrained = ("perceptual",)
 
   def __init__(self, config: AutoencoderTaskConfig):
     self.config = config

@@ -85,7 +85,7 @@ def hinge_generator(fake: Array) -> Array:
 
 
 def r1_penalty(logits: Callable[[Array], Array], real: Array) -> Array:
-  """1/2 E ||grad of D(x)||^2 at real videos [B, ...], D(x) being the mean of its patches' logits."""
+  """1/2 E ||grad of D(x)||^2 at real videos [B, ...], D(x) the mean of its patches' logits."""
 
   def total(x):
     values = logits(x)

@@ -47,8 +47,8 @@ class Task(Protocol):
   # A task whose losses change with the step, or that has several players, also has
   # `loss_at(params, batch, keys, step) -> (losses by player, metrics)`, which training descends in
   # place of `loss`: each player's loss has a gradient for its own part of the parameters only. One
-  # with parts that come from files has `pretrained(have) -> arrays by name`, and one with parts that
-  # are never trained names them in `frozen`.
+  # with parts that come from files has `pretrained(have) -> arrays by name`, and one with parts
+  # that are never trained names them in `untrained`.
 
   def sample(
     self, params: Any, batch: dict[str, jax.Array], keys: jax.Array, bucket: Bucket, **options: Any

@@ -34,7 +34,8 @@ class Prepare:
     del rng
     if self.latents is not None:
       mean, std = (np.asarray(self.latents[key], np.float32) for key in ("mean", "std"))
-      example = {**example, "latents": (example["mean"].astype(np.float32) - mean) / std}
+      latents = example["latents"] if "latents" in example else example["mean"]
+      example = {**example, "latents": (latents.astype(np.float32) - mean) / std}
     return self.task.prepare(example)
 
 
@@ -49,8 +50,10 @@ def make_stream(work: Workdir, name: str, task: Task) -> tuple[loop.Stream, dict
   if stage.latents is None:
     train, held_out = _media_sources(work, stage)
   else:
-    latents = read_json(work.folder(stage.latents) / STATISTICS_NAME)
+    latents = read_json(work.latents(stage.latents) / STATISTICS_NAME)
     train, held_out = _latent_sources(work, stage)
+    for source in (*train.values(), *held_out.values()):
+      check_autoencoder(source.records.settings, latents, str(source.records.folder))
   buckets = _with_examples(name, stage, train)
   common = {
     "process_index": jax.process_index(),
@@ -86,6 +89,21 @@ def make_stream(work: Workdir, name: str, task: Task) -> tuple[loop.Stream, dict
   return loop.Stream(sizes, start, validation), latents
 
 
+def check_autoencoder(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
+  """Refuses latents that another autoencoder made: to a model they would be another language.
+
+  Args:
+    found: of a manifest, with the hash under "autoencoder".
+    wanted: of the statistics, likewise.
+    where: what `found` describes.
+  """
+  if found["autoencoder"] != wanted["autoencoder"]:
+    raise UserError(
+      f"{where} is of autoencoder {found['autoencoder']}, but the latents are of "
+      f"{wanted['autoencoder']}: use those of one autoencoder, or encode again."
+    )
+
+
 def _media_sources(work: Workdir, stage: TrainStage) -> tuple[dict, dict]:
   """Sources of the training and of the held-out clips, by bucket."""
   data = work.experiment.data
@@ -112,7 +130,7 @@ def _latent_sources(work: Workdir, stage: TrainStage) -> tuple[dict, dict]:
   for split in ("train", "held_out"):
     sources = {}
     for bucket in stage.batches():
-      folder = work.folder(stage.latents) / split / bucket.name
+      folder = work.latents(stage.latents) / split / bucket.name
       sources[bucket] = pipeline.LatentSource(records.open_records(folder))
     both.append(sources)
   return both[0], both[1]

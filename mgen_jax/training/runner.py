@@ -44,7 +44,7 @@ def run(work: Workdir, name: str) -> None:
   load_initial = None
   if stage.init_from is not None:
     logging.info("stage %s starts from the averaged parameters of %s", name, stage.init_from)
-    load_initial = functools.partial(_load_origin, work, name, task, mesh)
+    load_initial = functools.partial(_load_origin, work, name, task, mesh, latents)
   if hasattr(task, "pretrained"):
     load_initial = functools.partial(_load_files, work, name, task, load_initial)
   seconds = loop.train(
@@ -77,13 +77,23 @@ def load_trained(
 
 
 def _load_origin(
-  work: Workdir, name: str, task: Task, mesh: jax.sharding.Mesh, shapes: Any, layout: Any
+  work: Workdir,
+  name: str,
+  task: Task,
+  mesh: jax.sharding.Mesh,
+  latents: dict[str, Any] | None,
+  shapes: Any,
+  layout: Any,
 ) -> Any:
   """The averaged parameters of the stage that stage `name` starts from, fitted to its task."""
   stage = work.experiment.stages[name]
   folder = work.folder(stage.init_from)
   origin = tasks.make(work.experiment.stages[stage.init_from].task)
   found = state_lib.param_shapes(origin)
+  with Checkpoints(str(folder / "checkpoints"), read_only=True) as checkpoints:
+    before = checkpoints.read_meta()["latents"]
+  if latents is not None and before is not None:
+    inputs.check_autoencoder(before, latents, f"what stage {stage.init_from} has learned")
   if found == shapes:
     return _load_ema(folder, shapes, layout)
   if jax.eval_shape(task.adapt, found, shapes) != shapes:

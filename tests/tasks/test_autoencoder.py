@@ -94,7 +94,7 @@ def _train(task, optimizers, batches, steps, accumulate=1):
   mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1])
   slow = OptimizerConfig(lr=2e-3)
   with mesh_lib.use(mesh):
-    frozen = state_lib.frozen_parts(task)
+    frozen = state_lib.untrained_parts(task)
     made = optimizer_lib.make_optimizers(slow, optimizers, frozen, steps)
     layout = state_lib.shardings(task, made, mesh)
     step = step_lib.make_train_step(
@@ -152,9 +152,9 @@ def test_a_stage_inflates_the_image_model_of_the_one_before(inflation):
   picture = _batch(1, 1)["video"]
   a, b = jax.jit(task.encode)(params, picture)[0], jax.jit(origin.encode)(before, picture)[0]
   np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+  other = AutoencoderTaskConfig(model=dataclasses.replace(image.model, latent_channels=8))
   with pytest.raises(ConfigError, match="is not that model inflated"):
-    other = dataclasses.replace(image.model, latent_channels=8)
-    video.check_origin(AutoencoderTaskConfig(model=other), "config.stages.tae")
+    video.check_origin(other, "config.stages.tae")
 
 
 def test_an_image_autoencoder_is_where_training_starts(tmp_path):
