@@ -70,15 +70,15 @@ class Coder:
       return
     yield from self._run("encode", self._near(checked, None), out=2)
 
-  def decode(self, latents: Chunks, frames: int) -> Iterator[np.ndarray]:
+  def decode(self, latents: Chunks, frames: int | None = None) -> Iterator[np.ndarray]:
     """Latents -> frames, in order.
 
     Args:
       latents: chunks [t, H', W', C] of any lengths.
-      frames: of the video; the surplus of the last latent is dropped.
+      frames: of the video; the surplus of the last latent is dropped. None keeps it.
 
     Yields:
-      Chunks [n, H, W, 3] fp32 in about [-1, 1]; `frames` frames in all.
+      Chunks [n, H, W, 3] fp32 in about [-1, 1].
 
     Raises:
       UserError: too few latents for `frames`.
@@ -86,6 +86,9 @@ class Coder:
     made = (
       self._decode_blend(latents) if self.tiling.mode == "blend" else self._decode_near(latents)
     )
+    if frames is None:
+      yield from made
+      return
     left = frames
     for chunk in made:
       if left > 0:

@@ -1,9 +1,13 @@
 """The reconstruct stage: held-out clips through autoencoders and back, side by side in one table.
 
   python -m mgen_jax.reconstruct --workdir=runs/tae_toy      # repeats it on what is trained
+  python -m mgen_jax.reconstruct --workdir=runs/tae_toy --video=film.mp4 --out=rebuilt.mp4 --fit=pad
 
   WORKDIR/STAGE/reconstruction.json    every figure, by autoencoder and by bucket
   WORKDIR/STAGE/reconstruction.png     originals above what each autoencoder made of them
+
+With --video a film of any length goes through one autoencoder in pieces (`coding.py`), in constant
+memory, and is written to --out.
 
 PSNR and SSIM are scikit-image's, by frame (`evaluation/reconstruction.py`); LPIPS where its weights
 are named; rFID and rFVD on fixed random features unless others are plugged in; "spot" is the
@@ -16,20 +20,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
 from absl import flags, logging
 from flax import traverse_util
 
-from mgen_jax import cli, schema
+from mgen_jax import cli, coding, schema
 from mgen_jax import config as config_lib
 from mgen_jax.data import files, ingest, media, pipeline
 from mgen_jax.data.buckets import Bucket, parse_bucket
 from mgen_jax.errors import UserError
 from mgen_jax.evaluation import frechet, reconstruction
 from mgen_jax.models import autoencoder_flops, perceptual
+from mgen_jax.models.tiling import TilingConfig
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.tasks import AutoencoderTask, autoencoder_losses
 from mgen_jax.tasks.autoencoder import MODEL, to_float
@@ -204,9 +208,7 @@ def _lpips(paths: Sequence[str]) -> Distance:
   apply = jax.jit(lambda p, a, b: perceptual.Lpips().apply(p, to_float(a), to_float(b)))
 
   def distance(original, made):
-    values = [
-      apply(params, jnp.asarray(a), jnp.asarray(b)) for a, b in zip(original, made, strict=True)
-    ]
+    values = [apply(params, a, b) for a, b in zip(original, made, strict=True)]
     return np.asarray(values).mean(1)
 
   return distance
@@ -217,6 +219,55 @@ def _picture(original: np.ndarray, made: Sequence[np.ndarray]) -> list[np.ndarra
   times = np.linspace(0, original.shape[1] - 1, _SHOWN_FRAMES).round().astype(int)
   shown = range(min(_SHOWN_CLIPS, len(original)))
   return [x[clip, t] for clip in shown for x in (original, *made) for t in times]
+
+
+def film(
+  task: AutoencoderTask,
+  params: Any,
+  mesh: jax.sharding.Mesh,
+  source: str,
+  out: str,
+  pieces: TilingConfig,
+  fit: str = "refuse",
+) -> int:
+  """A video file through an autoencoder and back, in pieces; its sound is left out.
+
+  Args:
+    task, params, mesh: the autoencoder.
+    source, out: files.
+    pieces: how it is cut.
+    fit: what to do with sizes that the strides do not divide (see `coding.fit_size`).
+
+  Returns:
+    Frames written.
+
+  Raises:
+    UserError: the file, its size or the pieces cannot be used.
+  """
+  info = media.probe(source)
+  coder = coding.Coder(task.config.model, params, pieces, mesh)
+  strides, seen = task.config.model.space_strides, 0
+
+  def frames():
+    nonlocal seen
+    for chunk in media.stream_video(source, pieces.frames):
+      seen += len(chunk)
+      yield coding.fit_size(chunk, strides, fit)
+
+  def shown(videos):
+    for video in videos:
+      if fit == "pad":  # give back the size that it had
+        video = video[:, : info.height, : info.width]
+      # A last latent may hold frames that the film does not have.
+      video = coding.to_uint8(video[: max(0, seen - shown.count)])
+      shown.count += len(video)
+      if len(video):
+        yield video
+
+  shown.count = 0
+  latents = (mean for mean, _ in coder.encode(frames()))
+  made = shown(coder.decode(latents, None))
+  return media.write_video_stream(out, made, info.fps)
 
 
 def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
@@ -232,11 +283,34 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     raise UserError(
       f"--stage={name} is not a reconstruct stage of {work.root}: {schema.suggest(name, known)}"
     )
+  if values.video is not None:
+    _film(work, name, values)
+    return
   work.start(name)
   run(work, name)
+
+
+def _film(work: Workdir, name: str, values: flags.FlagValues) -> None:
+  coder = values.autoencoder or work.experiment.stages[name].autoencoders[0]
+  if values.out is None or coder not in work.experiment.stages[name].autoencoders:
+    known = ", ".join(work.experiment.stages[name].autoencoders)
+    raise UserError(f"--video needs --out=FILE.mp4, and --autoencoder one of: {known}.")
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.local_devices())
+  with mesh_lib.use(mesh):
+    task, params, _ = runner.load_trained(work, coder, mesh)
+  pieces = TilingConfig(mode=values.mode, batch=mesh_lib.batch_shards(mesh))
+  count = film(task, params, mesh, values.video, values.out, pieces, values.fit)
+  print(f"{values.out}: {count} frames")
 
 
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "Folder of the run, like runs/tae_toy.")
   flags.DEFINE_string("stage", None, "The reconstruct stage; default: the last one.")
+  flags.DEFINE_string("video", None, "A film to send through, whatever its length.")
+  flags.DEFINE_string("out", None, "With --video: the file to write.")
+  flags.DEFINE_string("autoencoder", None, "With --video: which one; default: the first.")
+  flags.DEFINE_enum("mode", "blend", ["blend", "exact"], "With --video: how pieces are joined.")
+  flags.DEFINE_enum(
+    "fit", "refuse", ["refuse", "pad", "crop"], "With --video: sizes that no stride divides."
+  )
   cli.run(main)

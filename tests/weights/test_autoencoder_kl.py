@@ -1,4 +1,4 @@
-"""Stable Diffusion's image autoencoder: parity with diffusers, inflation, round trips, bad files."""
+"""Stable Diffusion's image autoencoder: parity with diffusers, inflation, bad files."""
 
 import dataclasses
 import functools
@@ -147,7 +147,7 @@ def test_export_undoes_import_and_names_the_same_model():
     np.testing.assert_array_equal(back[name], value)
   described = autoencoder_kl.diffusers_config(config)
   assert autoencoder_kl.model_config(json.loads(json.dumps(described))) == config
-  with pytest.raises(WeightsError, match="no such model .*norm rms"):
+  with pytest.raises(WeightsError, match="norm rms"):
     autoencoder_kl.export_image({}, dataclasses.replace(config, norm="rms"))
 
 
