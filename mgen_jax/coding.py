@@ -119,14 +119,10 @@ class Coder:
     reach = functools.partial(tiling.encoder_input, self.model, part=part)
     buffer, first = _Buffer(frames), 0
     while buffer.reaches(first * stride + 1):
-      low, high = reach(first, first + count - 1)
-      low = max(0, low // stride * stride)
-      piece = buffer.window(low, high + 1)
+      low, piece = buffer.around(*reach(first, first + count - 1), step=stride)
       total = -(-(low + len(piece)) // stride)  # latents up to the end of the piece
-      keep = min(count, total - first)
-      yield piece, first - low // stride, keep
+      yield piece, first - low // stride, min(count, total - first)
       first += count
-      buffer.drop(max(0, reach(first, first)[0] // stride * stride))
     if not first:
       raise UserError("a video of 0 frames cannot be encoded: give at least 1.")
 
@@ -168,13 +164,10 @@ class Coder:
     def pieces():
       buffer, first = _Buffer(latents), 0
       while buffer.reaches(first + 1):
-        low, high = reach(first * stride, (first + count) * stride - 1)
-        low = max(0, low)
-        piece = buffer.window(low, high + 1)
+        low, piece = buffer.around(*reach(first * stride, (first + count) * stride - 1))
         keep = min(count, low + len(piece) - first)
         yield piece, (first - low) * stride, keep * stride
         first += count
-        buffer.drop(max(0, reach(first * stride, first * stride)[0]))
 
     for (video,) in self._run(method, pieces(), out=1):
       yield video
@@ -300,6 +293,24 @@ class _Buffer:
     if self._held is None:
       raise UserError("a video of 0 frames cannot be coded: give at least 1.")
     return self._held[first - self._start : end - self._start]
+
+  def around(self, low: int, high: int, step: int = 1) -> tuple[int, np.ndarray]:
+    """(first row, rows) of a window that holds [low, high], as far as the stream does.
+
+    It begins on a multiple of `step` and is shifted, not cut, at both ends of the stream: all
+    windows of one width are one compiled program. What lies before it is dropped.
+    """
+    low = low // step * step
+    width = -(-(high + 1 - low) // step) * step
+    low = max(0, low)
+    if self.reaches(low + width):
+      end = low + width
+    else:
+      end = self._end()
+      low = max(0, (end - width) // step * step)
+    rows = self.window(low, end)
+    self.drop(low)
+    return low, rows
 
   def drop(self, before: int) -> None:
     """Rows before this one are not asked for again."""
