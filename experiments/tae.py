@@ -113,8 +113,8 @@ def get_config(arm="full"):
       data={"marbles": MARBLES, "held_out": 0.06},
       stages={
         "ingest": {"kind": "ingest"},
-        "tae": toy_train(TOY_MODEL, 300, TOY_BUCKETS),
-        "frame_wise": toy_train(TOY_FRAME_WISE, 300, TOY_FRAMES),
+        "tae": toy_train(TOY_MODEL, 700, TOY_BUCKETS),
+        "frame_wise": toy_train(TOY_FRAME_WISE, 700, TOY_FRAMES),
         "reconstruct": {
           "kind": "reconstruct",
           "autoencoders": ("tae", "frame_wise"),

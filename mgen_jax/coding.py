@@ -47,6 +47,7 @@ class Coder:
     self._params = {"params": {name: params[name] for name in MODEL}}
     self._mesh = mesh
     self._module = Autoencoder(model)
+    self._programs: dict[str, Callable] = {}
 
   def encode(self, frames: Chunks) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Frames -> mean and log-variance of the latents, in order.
@@ -247,14 +248,16 @@ class Coder:
       made = jax.device_get(made)
     return tuple(x[:rows] for x in (made if isinstance(made, tuple) else (made,)))
 
-  @functools.cache  # noqa: B019 (a coder lives as long as its programs)
   def _program(self, method: str) -> Callable:
-    def program(params, x):
-      if x.dtype == np.uint8:
-        x = x.astype(np.float32) / 127.5 - 1.0
-      return self._module.apply(params, x, method=method)
+    if method not in self._programs:
 
-    return jax.jit(program)
+      def program(params, x):
+        if x.dtype == np.uint8:
+          x = x.astype(np.float32) / 127.5 - 1.0
+        return self._module.apply(params, x, method=method)
+
+      self._programs[method] = jax.jit(program)
+    return self._programs[method]
 
   def _check_frames(self, frames: np.ndarray) -> np.ndarray:
     self.model.latent_shape(max(1, len(frames)), *frames.shape[1:3])

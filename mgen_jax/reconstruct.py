@@ -138,7 +138,11 @@ def run(work: Workdir, name: str) -> None:
 
 
 def compare(
-  original: np.ndarray, made: np.ndarray, perceive: Distance | None = None
+  original: np.ndarray,
+  made: np.ndarray,
+  perceive: Distance | None = None,
+  frame_features: frechet.Features = frechet.random_frame_features,
+  clip_features: frechet.Features = frechet.random_clip_features,
 ) -> dict[str, float | None]:
   """All measures of one set of clips against another, both uint8 [N, T, H, W, 3].
 
@@ -146,15 +150,16 @@ def compare(
     original: N >= 2 clips.
     made: their reconstructions.
     perceive: LPIPS of clips [N, T, H, W, 3], one value for each; None leaves it out.
+    frame_features, clip_features: what rFID and rFVD compare (Inception's and I3D's make them FID
+      and FVD); videos of one frame have no rFVD.
   """
-  frame, clip = frechet.random_frame_features, frechet.random_clip_features
   is_video = original.shape[1] > 1
   return {
     "psnr": float(reconstruction.psnr(original, made).mean()),
     "ssim": float(reconstruction.ssim(original, made).mean()),
     "lpips": None if perceive is None else float(perceive(original, made).mean()),
-    "rfid": frechet.distance(frame(original), frame(made)),
-    "rfvd": frechet.distance(clip(original), clip(made)) if is_video else None,
+    "rfid": frechet.distance(frame_features(original), frame_features(made)),
+    "rfvd": frechet.distance(clip_features(original), clip_features(made)) if is_video else None,
   }
 
 
