@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -92,6 +93,7 @@ def test_a_stage_takes_them_if_they_are_of_its_autoencoder(origin, encoded, tmp_
   )
 
   other = untrained.make(tmp_path / "other", clips=12)
+  shutil.rmtree(other.folder("autoencoder") / "checkpoints")
   untrained.save(other, "autoencoder", seed=99)
   work = Workdir(other.root, dataclasses.replace(other.experiment, stages=stages))
   with pytest.raises(UserError, match="encode again"):

@@ -42,7 +42,6 @@ class Lpips(nn.Module):
       total += (jnp.square(x - y) @ weight).mean((-2, -1))
     return total
 
-  @nn.compact
   def _features(self, x: Array) -> list[Array]:
     found = []
     for group, widths in enumerate(VGG16):
