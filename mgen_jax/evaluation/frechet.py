@@ -14,6 +14,7 @@ import numpy as np
 from scipy import linalg
 
 from mgen_jax.errors import UserError
+from mgen_jax.models import layers
 
 # uint8 [N, T, H, W, 3] -> features [M, D]; M is N, or N * T where each frame counts.
 Features = Callable[[np.ndarray], np.ndarray]
@@ -62,14 +63,11 @@ def _random_features(clips: np.ndarray) -> np.ndarray:
 @jax.jit
 def _pyramid(clips: jax.Array) -> jax.Array:
   x = clips.astype(jnp.float32) / 127.5 - 1.0
-  taps = 3 if clips.shape[1] > 1 else 1
   for layer, width in enumerate(_WIDTHS):
-    shape = (taps, 3, 3, x.shape[-1], width)
-    scale = np.sqrt(2.0 / np.prod(shape[:-1]))
-    kernel = scale * jax.random.normal(jax.random.key(layer), shape)
-    strides = (2 if x.shape[1] > 1 else 1, 2, 2)
-    x = jax.lax.conv_general_dilated(
-      x, kernel, strides, "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
-    )
-    x = jax.nn.relu(x)
+    if clips.shape[1] > 1:  # every other frame, beside its neighbours
+      near = layers.replicate_pad(x, 1, 1, axis=1)
+      x = jnp.concatenate([near[:, i : i + x.shape[1] : 2] for i in range(3)], -1)
+    scale = np.sqrt(2.0 / (9 * x.shape[-1]))
+    kernel = scale * jax.random.normal(jax.random.key(layer), (3, 3, x.shape[-1], width))
+    x = jax.nn.relu(layers.convolve(x, kernel, (2, 2)))
   return jnp.concatenate([x.mean((1, 2, 3)), x.std((1, 2, 3))], -1)
