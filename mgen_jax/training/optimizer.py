@@ -62,7 +62,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 def make_optimizers(
   config: OptimizerConfig,
   of_parts: Mapping[str, OptimizerConfig],
-  frozen: Collection[str],
+  untrained: Collection[str],
   steps: int,
 ) -> optax.GradientTransformation:
   """One transformation for parameters whose parts (top-level names) are optimized each their own
@@ -71,13 +71,13 @@ def make_optimizers(
   Args:
     config: of all parts that are not named.
     of_parts: of those that are.
-    frozen: parts that never change.
+    untrained: parts that never change.
     steps: of the stage.
   """
-  if not of_parts and not frozen:
+  if not of_parts and not untrained:
     return make_optimizer(config, steps)
   made = {name: make_optimizer(part, steps) for name, part in of_parts.items()}
-  made |= dict.fromkeys(frozen, optax.set_to_zero())
+  made |= dict.fromkeys(untrained, optax.set_to_zero())
   rest = make_optimizer(config, steps)
 
   def labels(params: Any) -> Any:

@@ -31,7 +31,9 @@ def objective(task: Task, step: jax.Array) -> Callable[..., Any]:
 
   def total(params, batch, keys):
     losses, metrics = task.loss_at(params, batch, keys, step)
-    return sum(losses.values()), metrics | {f"{name}_loss": x for name, x in losses.items()}
+    if len(losses) > 1:
+      metrics = metrics | {f"{player}_loss": loss for player, loss in losses.items()}
+    return sum(losses.values()), metrics
 
   return total
 

@@ -96,8 +96,8 @@ def _train(task, optimizers, batches, steps, accumulate=1):
   mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1])
   slow = OptimizerConfig(lr=2e-3)
   with mesh_lib.use(mesh):
-    frozen = state_lib.untrained_parts(task)
-    made = optimizer_lib.make_optimizers(slow, optimizers, frozen, steps)
+    untrained = state_lib.untrained_parts(task)
+    made = optimizer_lib.make_optimizers(slow, optimizers, untrained, steps)
     layout = state_lib.shardings(task, made, mesh)
     step = step_lib.make_train_step(
       task,
