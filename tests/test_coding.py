@@ -154,7 +154,15 @@ def test_a_stream_is_read_as_it_is_needed_and_forgotten():
 def test_pieces_in_space_cover_every_pixel():
   """A model that sees each position by itself cannot tell whether it sees all."""
   model = dataclasses.replace(
-    LOCAL, kernel=1, temporal=False, time_down=(), mid_attention=False, norm="rms", patch=(1, 4, 4)
+    LOCAL,
+    multipliers=(1,),
+    kernel=1,
+    temporal=False,
+    time_down=(),
+    space_down=(),
+    mid_attention=False,
+    norm="rms",
+    patch=(1, 8, 8),
   )
   cut = _coder(model, TilingConfig(frames=32, overlap=16, side=32, side_overlap=16))
   whole = _coder(model, TilingConfig(frames=32, overlap=16))
