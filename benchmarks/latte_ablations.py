@@ -71,7 +71,7 @@ def measure(work: Workdir, samples: int = 96, names: Sequence[str] | None = None
     generator = Generator.load(work, name)
     bucket = max(generator.trained)
     if real is None:
-      real = frechet.features(real_clips(work, bucket, max(samples, 256)))
+      real = frechet.random_clip_features(real_clips(work, bucket, max(samples, 256)))
     texts = [prompt.text for prompt in prompts]
     videos = generator.generate(texts, bucket, list(range(samples)))
     verdicts = [alignment.judge_video(v, p, world) for v, p in zip(videos, prompts, strict=True)]
@@ -80,7 +80,7 @@ def measure(work: Workdir, samples: int = 96, names: Sequence[str] | None = None
     rows.append(
       {
         "arm": name,
-        "frechet": round(frechet.distance(real, frechet.features(videos)), 4),
+        "frechet": round(frechet.distance(real, frechet.random_clip_features(videos)), 4),
         **{key: round(shares[key], 3) for key in ("colour", "shape", "direction")},
         "loss": round(float(losses[-1]), 4) if losses else None,
         "seconds": work.done_record(name)["seconds"],

@@ -112,6 +112,19 @@ class EncodeStage:
   # Latents are multiplied by it when they are read (Stable Diffusion's: 0.18215). None: each
   # channel is brought to mean 0 and std 1.
   latent_scale: float | None = None
+  # "moments": mean and log-variance of each latent; "sample": one draw from that normal.
+  keep: Literal["moments", "sample"] = "moments"
+  # What `python -m mgen_jax.encode` has written: taken as it is, if of the same autoencoder.
+  folder: str | None = None
+
+  def __post_init__(self):
+    if self.latent_scale is not None and self.latent_scale <= 0:
+      raise ConfigError(f"latent_scale is {self.latent_scale}: it must be more than 0.")
+    if self.folder is not None and self.latent_scale is not None:
+      raise ConfigError(
+        "latent_scale and folder are both set: the latents in a folder keep the scale that they "
+        "were written with, so give --latent_scale to the command that writes them."
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +142,8 @@ class TrainStage:
   init_from: str | None = None  # the stage whose averaged parameters this one starts from
   init_weights: str | None = None  # or a safetensors file of others (Latte: DiT, PixArt, Latte)
   optimizer: OptimizerConfig = OptimizerConfig()
+  # Of parts of the parameters that are optimized apart, by top-level name ("discriminator").
+  optimizers: dict[str, OptimizerConfig] = dataclasses.field(default_factory=dict)
   ema_decay: float = 0.999
   # Passes of batch / accumulate examples for each optimizer step; -1: as many as leave one example
   # to each shard of the batch, whatever the number of devices (the least memory).
@@ -197,11 +212,24 @@ class EvaluateStage:
   targets: TargetsConfig = TargetsConfig()
 
 
+@dataclasses.dataclass(frozen=True)
+class ReconstructStage:
+  """Measures autoencoders on held-out clips, side by side."""
+
+  kind: str = "reconstruct"
+  autoencoders: tuple[str, ...] = ()  # the stages that trained them
+  buckets: tuple[str, ...] = ()
+  clips: int = 48  # held-out clips of each bucket, at most
+  batch: int = 8
+  lpips_weights: tuple[str, ...] = ()  # safetensors of VGG16 and LPIPS; none: LPIPS is left out
+
+
 STAGES = {
   "ingest": IngestStage,
   "train": TrainStage,
   "encode": EncodeStage,
   "evaluate": EvaluateStage,
+  "reconstruct": ReconstructStage,
 }
 
 
@@ -317,6 +345,8 @@ def resolve(values: Mapping[str, Any] | config_dict.ConfigDict) -> Experiment:
       _earlier(made, name, "generator", stage.generator, made.recipe[:index], "train")
       generator = made.stages[stage.generator]
       _check_bucket(f"config.stages.{name}.bucket", generator, stage.bucket, parse_bucket)
+    elif isinstance(stage, ReconstructStage):
+      _check_reconstruct(made, name, stage, made.recipe[:index])
   return made
 
 
@@ -438,6 +468,20 @@ def _check_train(made: Experiment, name: str, stage: TrainStage, before: tuple[s
     raise ConfigError(f"{path}.latents is set, but {stage.task.name} learns from media: unset it.")
 
 
+def _check_reconstruct(
+  made: Experiment, name: str, stage: ReconstructStage, before: tuple[str, ...]
+) -> None:
+  path = f"config.stages.{name}"
+  if not stage.autoencoders or not stage.buckets:
+    raise ConfigError(f"{path}.autoencoders and .buckets must name one or more each.")
+  for coder in stage.autoencoders:
+    trained = _earlier(made, name, "autoencoders", coder, before, "train")
+    if tasks.TASKS[trained.task.name].source != "media":
+      raise ConfigError(f"{path}.autoencoders has {coder}, which trains {trained.task.name}.")
+    for bucket in stage.buckets:
+      _check_bucket(f"{path}.buckets", trained, bucket, parse_bucket)
+
+
 def _check_bucket(path: str, stage: TrainStage, name: str, parse: Callable[[str], Bucket]) -> None:
   try:
     stage.task.check_bucket(parse(name))
@@ -461,6 +505,8 @@ def inputs_of(made: Experiment, name: str) -> tuple[str, ...]:
   if isinstance(stage, TrainStage):
     source = ingest if stage.latents is None else (stage.latents,)
     return source if stage.init_from is None else (*source, stage.init_from)
+  if isinstance(stage, ReconstructStage):
+    return (*ingest, *stage.autoencoders)
   if isinstance(stage, EvaluateStage):
     generator = made.stages[stage.generator]
     return (*ingest, generator.latents, stage.generator)

@@ -1,6 +1,12 @@
 """The encode stage: media -> cached latents, bucketed records that the generator learns from.
 
-Where its `text` names frozen encoders, the features of each caption stand beside the latents.
+  python -m mgen_jax.encode --autoencoder=runs/tae --videos=DIR --out=DIR \\
+      --buckets=1x256x256,128x256x256
+
+As a command it encodes another folder with the autoencoder of a run, on any number of hosts; an
+encode stage that names the result in `folder` takes it as it is. The same command again makes what
+is missing, and nothing where all is there. Where the `text` of a stage names frozen encoders, the
+features of each caption stand beside the latents.
 
 Every clip of the index, held out or not, becomes one record in each of its buckets (a window of a
 video; one of its frames for an image bucket). The clips of a bucket are cut into shards of fixed
@@ -12,6 +18,7 @@ and a shard that is already there is not made again.
   STAGE/statistics.json      mean and std of each latent channel, hash of the autoencoder
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -22,10 +29,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
+from absl import flags, logging
 from jax.experimental import multihost_utils
 from rich import console, progress
 
+from mgen_jax import cli, schema
 from mgen_jax import config as config_lib
 from mgen_jax.data import files, ingest, pipeline, records
 from mgen_jax.data.buckets import Bucket, parse_bucket
@@ -33,9 +41,10 @@ from mgen_jax.encoders import Prompt, TextStack
 from mgen_jax.errors import UserError
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel import rules
+from mgen_jax.tasks.autoencoder import MODEL
 from mgen_jax.training import runner
-from mgen_jax.training.inputs import STATISTICS_NAME
-from mgen_jax.workdir import Workdir
+from mgen_jax.training.inputs import STATISTICS_NAME, check_autoencoder
+from mgen_jax.workdir import Workdir, last_trained, read_json
 
 # Enough examples for mean and std of a channel to three digits.
 _STATISTICS_EXAMPLES = 2048
@@ -44,8 +53,13 @@ Encoder = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 Embedder = Callable[[Sequence[Prompt]], list[dict[str, np.ndarray]]]
 
 
-def run(work: Workdir, name: str) -> None:
+def run(work: Workdir, name: str, coder: Workdir | None = None) -> None:
   """Writes the records of stage `name`, those that are missing.
+
+  Args:
+    work: of the run.
+    name: of the stage.
+    coder: the run that has trained the autoencoder; None: this one.
 
   Raises:
     UserError: the media, the autoencoder or the disk cannot be used.
@@ -53,8 +67,11 @@ def run(work: Workdir, name: str) -> None:
   began = time.perf_counter()
   stage, data = work.experiment.stages[name], work.experiment.data
   index = ingest.load(work.folder(config_lib.ingest_of(work.experiment)))
+  encode, digest = _make_encoder(coder or work, stage)
+  if stage.folder is not None:
+    _adopt(work, name, digest)
+    return
   embed, text_digest = _make_embedder(stage)
-  encode, digest = _make_encoder(work, stage)
   settings = {"autoencoder": digest, "index": index.sha256, "seed": work.experiment.seed}
   settings |= {"text": text_digest} if text_digest else {}
   buckets = [parse_bucket(text) for text in stage.buckets]
@@ -80,7 +97,7 @@ def run(work: Workdir, name: str) -> None:
       for number, part in enumerate(_shards(source, stage.shard_examples)):
         if number % jax.process_count() == jax.process_index():
           path = folder / records.shard_name(number, _count(source, stage.shard_examples))
-          _write_shard(path, part, stage.batch, encode, embed, work.experiment.seed)
+          _write_shard(path, part, stage, encode, embed, work.experiment.seed)
         bar.advance(task, len(part))
   multihost_utils.sync_global_devices(f"{name} shards")
 
@@ -133,6 +150,26 @@ def _make_embedder(stage: config_lib.EncodeStage) -> tuple[Embedder, dict[str, s
   return stack.embedder(mesh), stack.digest()
 
 
+def _adopt(work: Workdir, name: str, digest: str) -> None:
+  """Checks latents that lie elsewhere and marks the stage as done."""
+  stage, folder = work.experiment.stages[name], work.latents(name)
+  text_digest = TextStack(stage.text).digest() if stage.text.names else {}
+  statistics = read_json(folder / STATISTICS_NAME)
+  check_autoencoder(statistics, {"autoencoder": digest}, str(folder))
+  examples = 0
+  for split in ("train", "held_out"):
+    for text in stage.buckets:
+      source = records.open_records(folder / split / parse_bucket(text).name)
+      check_autoencoder(source.settings, statistics, str(source.folder))
+      if text_digest and source.settings.get("text", {}) != text_digest:
+        raise UserError(
+          f"{source.folder} lacks the text features of stage {name}, or has those of other "
+          f"encoders: encode with the same config.stages.{name}.text, or leave folder out."
+        )
+      examples += len(source)
+  work.finish(name, 0.0, examples=examples, autoencoder=digest)
+
+
 def _count(source: pipeline.MediaSource, size: int) -> int:
   return math.ceil(len(source) / size)
 
@@ -150,7 +187,7 @@ def _shards(source: pipeline.MediaSource, size: int) -> list[pipeline.MediaSourc
 def _write_shard(
   path: Path,
   source: pipeline.MediaSource,
-  batch: int,
+  stage: config_lib.EncodeStage,
   encode: Encoder,
   embed: Embedder,
   seed: int,
@@ -159,7 +196,8 @@ def _write_shard(
   if path.exists():
     return
   bucket = source.bucket
-  stream = pipeline.make_ordered_stream({bucket: source}, batch_sizes={bucket: batch}, seed=seed)
+  sizes = {bucket: stage.batch}
+  stream = pipeline.make_ordered_stream({bucket: source}, batch_sizes=sizes, seed=seed)
   with records.RecordWriter(path) as writer, stream:
     for _, rows in stream:
       means, logvars = encode(rows["video"])
@@ -176,14 +214,21 @@ def _write_shard(
             caption=clip.caption,
             fps=float(rows["fps"][row]),
             start=float(rows["start"][row]),
-            arrays={
-              "mean": _to_half(means[row], clip.path),
-              "logvar": _to_half(logvars[row], clip.path),
-              **texts[row],
-            },
+            arrays={**_arrays(means[row], logvars[row], clip, seed, stage.keep), **texts[row]},
             info={"camera": clip.camera} if clip.camera else {},
           )
         )
+
+
+def _arrays(
+  mean: np.ndarray, logvar: np.ndarray, clip: ingest.Clip, seed: int, keep: str
+) -> dict[str, np.ndarray]:
+  """What a record keeps of the latents of a clip."""
+  if keep == "moments":
+    return {"mean": _to_half(mean, clip.path), "logvar": _to_half(logvar, clip.path)}
+  rng = np.random.Generator(np.random.Philox([seed, int(clip.id, 16)]))
+  draw = mean + np.exp(0.5 * logvar) * rng.standard_normal(mean.shape, np.float32)
+  return {"latents": _to_half(draw, clip.path)}
 
 
 def _to_half(values: np.ndarray, source: str) -> np.ndarray:
@@ -208,7 +253,8 @@ def _statistics(folder: Path, buckets: list[Bucket]) -> dict[str, Any]:
     source = records.open_records(folder / bucket.name)
     step = max(1, len(source) // _STATISTICS_EXAMPLES)
     for number in range(0, len(source), step):
-      latents = source[number].arrays["mean"].astype(np.float64)
+      arrays = source[number].arrays
+      latents = arrays["mean" if "mean" in arrays else "latents"].astype(np.float64)
       sums += latents.sum(axis=(0, 1, 2))
       squares += np.square(latents).sum(axis=(0, 1, 2))
       count += math.prod(latents.shape[:3])
@@ -220,8 +266,120 @@ def _statistics(folder: Path, buckets: list[Bucket]) -> dict[str, Any]:
 def _hash(params: Any) -> str:
   """SHA-256 of all parameters, by name: what "the same autoencoder" means."""
   digest = hashlib.sha256()
-  leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+  model = {name: params[name] for name in MODEL if name in params}  # no discriminator
+  leaves, _ = jax.tree_util.tree_flatten_with_path(model)
   for path, leaf in leaves:
     digest.update(jax.tree_util.keystr(path).encode())
     digest.update(np.asarray(jax.device_get(leaf)).tobytes())
   return digest.hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------
+# The command.
+
+STAGE, IDENTITY_NAME = "latents", "encode.json"
+
+
+def define_flags(values: flags.FlagValues) -> None:
+  """The flags of this command (not at import: other commands have flags of the same names)."""
+  to = {"flag_values": values}
+  flags.DEFINE_string("autoencoder", None, "Folder of the run that trained it.", **to)
+  flags.DEFINE_string("stage", None, "Its train stage; the last finished one by default.", **to)
+  flags.DEFINE_string("videos", None, "Folder of media with captions (README).", **to)
+  flags.DEFINE_string("out", None, "Folder to write to.", **to)
+  flags.DEFINE_list("buckets", None, "Shapes: frames x height x width, like 16x64x64.", **to)
+  flags.DEFINE_integer("batch", 16, "Examples encoded at once on each host.", 1, **to)
+  flags.DEFINE_integer("shard_examples", 512, "Records of one file.", 1, **to)
+  flags.DEFINE_enum("keep", "moments", ["moments", "sample"], "What to keep of a latent.", **to)
+  flags.DEFINE_float("latent_scale", None, "Factor of latents; default: std of each to 1.", **to)
+  flags.DEFINE_float("fps", None, "Sample clips at this rate; default: their own.", 0.0, **to)
+  flags.DEFINE_float("max_crop", 0.2, "Share of the picture that fitting may lose.", 0.0, **to)
+  flags.DEFINE_float("held_out", 0.05, "Share of the clips that is kept apart.", 0.0, **to)
+  flags.DEFINE_integer("seed", 0, "Of the split, of windows and draws.", **to)
+  flags.DEFINE_bool("distributed", False, "One of several hosts, found by JAX.", **to)
+  flags.DEFINE_string("coordinator", None, "host:port of process 0.", **to)
+  flags.DEFINE_integer("num_processes", None, "With --coordinator: how many.", **to)
+  flags.DEFINE_integer("process_id", None, "With --coordinator: which, from 0.", **to)
+
+
+def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
+  """Encodes a folder of media with a trained autoencoder."""
+  del argv
+  for name in ("autoencoder", "videos", "out", "buckets"):
+    if not values[name].value:
+      raise UserError(f"--{name} is missing: see --help.")
+  if values.distributed or values.coordinator:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of use on CPUs only
+    jax.distributed.initialize(values.coordinator, values.num_processes, values.process_id)
+  origin = Workdir.open(values.autoencoder)
+  coder = values.stage or last_trained(origin, "autoencoder")
+  trained = origin.experiment.stages.get(coder)
+  if not isinstance(trained, config_lib.TrainStage) or trained.task.name != "autoencoder":
+    known = [n for n, s in origin.experiment.stages.items() if s.kind == "train"]
+    raise UserError(
+      f"--stage={coder} is not a stage of {origin.root} that trains an autoencoder: "
+      f"{schema.suggest(coder, known)}"
+    )
+  stage = config_lib.EncodeStage(
+    autoencoder=coder,
+    buckets=tuple(values.buckets),
+    batch=values.batch,
+    shard_examples=values.shard_examples,
+    keep=values.keep,
+    latent_scale=values.latent_scale,
+  )
+  for text in stage.buckets:
+    trained.task.check_bucket(parse_bucket(text))
+  experiment = dataclasses.replace(
+    origin.experiment,
+    seed=values.seed,
+    data=config_lib.DataConfig(
+      videos=values.videos, fps=values.fps, max_crop=values.max_crop, held_out=values.held_out
+    ),
+    recipe=("ingest", STAGE),
+    stages={"ingest": config_lib.IngestStage(), STAGE: stage},
+  )
+  work = Workdir(Path(values.out), experiment)
+  if jax.process_index() == 0:
+    index = ingest.scan(values.videos, seed=values.seed, held_out=values.held_out)
+    _check_identity(work, origin, index)
+    index.save(work.folder("ingest"))
+  multihost_utils.sync_global_devices("index")
+  run(work, STAGE, origin)
+  if jax.process_index() == 0:
+    print(work.folder(STAGE))
+
+
+def _check_identity(work: Workdir, origin: Workdir, index: ingest.Index) -> None:
+  """Refuses to mix, in one folder, latents that were made in different ways."""
+  stage = work.experiment.stages[STAGE]
+  done = origin.done_record(stage.autoencoder)
+  now = {
+    "stage": {k: v for k, v in schema.to_plain(stage).items() if k != "batch"},
+    "autoencoder": {"run": origin.experiment.name, "done": done},
+    "data": {k: v for k, v in schema.to_plain(work.experiment.data).items() if k != "videos"},
+    "index": index.sha256,
+    "seed": work.experiment.seed,
+  }
+  now, path = json.loads(json.dumps(now)), work.root / IDENTITY_NAME
+  if path.exists():
+    changed = config_lib.differences(read_json(path), now)
+    if changed:
+      listed = "; ".join(f"{key}: {a!r} then, {b!r} now" for key, (a, b) in changed.items())
+      raise UserError(
+        f"--out={work.root} holds latents that were made in another way ({listed}): name another "
+        "folder, or delete that one."
+      )
+    return
+  if work.root.is_dir() and any(work.root.iterdir()):
+    raise UserError(f"--out={work.root} holds other files: name an empty folder.")
+  try:
+    work.root.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"--out={work.root} cannot be made ({error.strerror}).") from error
+  files.write_text_atomic(path, json.dumps(now, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  define_flags(flags.FLAGS)
+  cli.run(main)

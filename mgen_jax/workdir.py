@@ -82,6 +82,11 @@ class Workdir:
     """Where a stage writes."""
     return self.root / stage
 
+  def latents(self, stage: str) -> Path:
+    """Where the latents of an encode stage are."""
+    folder = self.experiment.stages[stage].folder
+    return self.folder(stage) if folder is None else Path(folder)
+
   def start(self, stage: str) -> None:
     """Notes the config a stage starts with, or checks that it is the one it was started with.
 

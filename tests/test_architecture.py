@@ -17,8 +17,10 @@ BELOW_TASKS = {
   *("models", "diffusion", "weights", "encoders"),
 }
 BELOW_TRAINING = BELOW_TASKS | {"tasks", "config", "workdir"}
-LIBRARY = BELOW_TRAINING | {"training", "planning", "evaluation", "cli", "compilation_cache"}
-COMMANDS = {"main", "ingest", "plan", "encode", "sample", "evaluate", "convert"}
+LIBRARY = BELOW_TRAINING | {
+  *("training", "coding", "planning", "evaluation", "cli", "compilation_cache"),
+}
+COMMANDS = {"main", "ingest", "plan", "encode", "sample", "evaluate", "reconstruct", "convert"}
 
 # Part of mgen_jax -> the other parts that it may import. A part may always import itself.
 MAY_IMPORT = {
@@ -35,6 +37,7 @@ MAY_IMPORT = {
   "config": BELOW_TASKS | {"tasks"},  # where the parts' configs meet
   "workdir": {"errors", "schema", "data", "config"},
   "training": BELOW_TRAINING - {"models", "diffusion", "encoders"},  # it knows no model
+  "coding": BELOW_TASKS | {"tasks"},
   "planning": BELOW_TRAINING | {"training"},  # compiles what training would run
   "evaluation": {"errors", "schema", "data", "models", "diffusion"},
   "cli": {"errors", "schema", "training"},

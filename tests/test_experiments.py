@@ -80,6 +80,10 @@ def test_every_stage_can_compute_a_loss(experiment):
       keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
       loss, _ = jax.eval_shape(task.loss, params_of(stage.task), batch, keys)
       assert loss.shape == ()
+      if hasattr(task, "loss_at"):
+        step = jax.ShapeDtypeStruct((), "int32")
+        losses, _ = jax.eval_shape(task.loss_at, params_of(stage.task), batch, keys, step)
+        assert all(loss.shape == () for loss in losses.values())
 
 
 def test_every_stage_can_start_from_the_one_it_names(experiment):

@@ -5,6 +5,8 @@ converted by the command, named in a recipe, run both ways, and sampled from a p
 """
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -115,6 +117,25 @@ def test_the_records_hold_features_as_long_as_their_captions(work):
     assert arrays["text_byt5"].shape == (0, 16)  # no caption of Marbles quotes anything
     lengths.add(len(arrays["text_t5"]))
   assert max(lengths) <= 64 and len(lengths) > 1
+
+
+def test_a_stage_takes_features_that_lie_elsewhere_if_they_are_of_its_encoders(work, tmp_path):
+  shutil.copytree(work.root, tmp_path / "run")
+
+  def adopt(folder):
+    stage = dataclasses.replace(work.experiment.stages["encode"], folder=str(folder))
+    stages = {**work.experiment.stages, "encode": stage}
+    other = Workdir(tmp_path / "run", dataclasses.replace(work.experiment, stages=stages))
+    encode.run(other, "encode")
+    return other.done_record("encode")["examples"]
+
+  assert adopt(work.folder("encode")) == work.done_record("encode")["examples"]
+  path = tmp_path / "run" / "encode" / "train" / BUCKET / records.MANIFEST_NAME
+  manifest = json.loads(path.read_text())
+  manifest["settings"]["text"]["t5"] = "0" * 16
+  path.write_text(json.dumps(manifest))
+  with pytest.raises(UserError, match="lacks the text features of stage encode, or has those of"):
+    adopt(tmp_path / "run" / "encode")
 
 
 def test_online_and_cached_features_give_the_same_training(work):

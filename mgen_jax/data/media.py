@@ -29,6 +29,7 @@ from mgen_jax.data.media_write import (
   reformatter,
   write_image,
   write_video,
+  write_video_stream,
 )
 
 __all__ = [
@@ -42,8 +43,10 @@ __all__ = [
   "read_audio",
   "read_image",
   "read_video",
+  "stream_video",
   "write_image",
   "write_video",
+  "write_video_stream",
 ]
 
 VIDEO_SUFFIXES = (
@@ -155,6 +158,29 @@ def read_video(
       raise MediaError(f"{name} has no frame that can be decoded; re-encode or remove it.")
     distinct = [_to_rgb(frame, stream, size) for frame in picked]
   return np.stack([distinct[i] for i in order])
+
+
+def stream_video(source: str | os.PathLike, chunk: int = 32) -> Iterator[np.ndarray]:
+  """Every frame of a video in chunks uint8 [up to `chunk`, H, W, 3]: a film in constant memory.
+
+  Raises MediaError if it is unreadable or ends before its header says.
+  """
+  name = _name(source)
+  with _open(source) as container:
+    stream = _video_stream(container, name)
+    total = _header_duration(container, stream)
+    held, stamps = [], []
+    for time, frame in _frames_from(container, stream, name, 0.0):
+      held.append(_to_rgb(frame, stream, None))
+      stamps = [*stamps[-1:], time]
+      if len(held) == chunk:
+        yield np.stack(held)
+        held = []
+    if not stamps:
+      raise MediaError(f"{name} has no frame that can be decoded; re-encode or remove it.")
+    _refuse_short(stamps, total, stream, name)
+    if held:
+      yield np.stack(held)
 
 
 def read_image(source: str | os.PathLike | bytes, size: tuple[int, int] | None = None):

@@ -4,11 +4,12 @@ Import these names from `media.py`, which is the one door to media files; this f
 that one readable.
 """
 
+import itertools
 import math
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -76,21 +77,44 @@ def write_video(
   bytes. `audio` is float32 [n] or [n, channels] in [-1, 1].
   Raises MediaError for odd sizes, another dtype or shape, or a codec that the container refuses.
   """
-  path = Path(path)
+  sound = None if audio is None else (_check_audio(audio), audio_rate)
+  _write(Path(path), [frames], fps, sound, codec, crf, preset)
+
+
+def write_video_stream(
+  path: str | os.PathLike,
+  chunks: Iterable[np.ndarray],
+  fps: float,
+  *,
+  crf: int = 18,
+  codec: str = "libx264",
+  preset: str = "veryfast",
+) -> int:
+  """`write_video` of chunks uint8 [n, H, W, 3] as they come; returns how many frames there were."""
+  return _write(Path(path), chunks, fps, None, codec, crf, preset)
+
+
+def _write(path, chunks, fps, sound, codec, crf, preset) -> int:
   if path.suffix.lower() not in _CONTAINERS:
     raise MediaError(f"{path}: cannot write '{path.suffix}'; use one of {', '.join(_CONTAINERS)}.")
   if codec not in _CODECS:
     raise MediaError(f"{path}: there is no encoder '{codec}'; use one of {', '.join(_CODECS)}.")
-  _check_frames(frames, fps, str(path))
+  chunks = iter(chunks)
+  first = next(chunks, None)
+  if first is None:
+    raise MediaError(f"{path}: a video of 0 frames cannot be written; give at least one.")
+  _check_frames(first, fps, str(path))
+  frames = itertools.chain(first, itertools.chain.from_iterable(chunks))
   temporary = temporary_beside(path)
   try:
-    sound = None if audio is None else (_check_audio(audio), audio_rate)
-    _encode(temporary, path.suffix.lower(), frames, fps, sound, codec, crf, preset)
+    suffix, size = path.suffix.lower(), first.shape[1:3]
+    count = _encode(temporary, suffix, size, frames, fps, sound, codec, crf, preset)
     publish(temporary, path)
   except (av.FFmpegError, OSError) as error:
     raise MediaError(f"{path} could not be written ({error.strerror or error}).") from error
   finally:
     temporary.unlink(missing_ok=True)
+  return count
 
 
 def encode_video(frames: np.ndarray, fps: float, *, container: str = ".mp4", **options) -> bytes:
@@ -188,7 +212,7 @@ def _check_audio(audio) -> np.ndarray:
   return samples
 
 
-def _encode(path, suffix, frames, fps, sound, codec, crf, preset):
+def _encode(path, suffix, size, frames, fps, sound, codec, crf, preset) -> int:
   muxer, sound_codec = _CONTAINERS[suffix]
   options = {"fflags": "+bitexact"}  # no version strings, no dates
   if muxer in ("mp4", "mov"):
@@ -199,7 +223,7 @@ def _encode(path, suffix, frames, fps, sound, codec, crf, preset):
       video = container.add_stream(codec, rate=rate)
     except ValueError as error:  # PyAV's own word for a pair that cannot be
       raise MediaError(f"{suffix} files cannot hold {codec} ({error}); use .mp4.") from error
-    video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
+    video.height, video.width, video.pix_fmt = *size, "yuv420p"
     context = video.codec_context
     context.thread_count = 1  # x264's output depends on the number of threads
     context.gop_size = max(1, round(2 * fps))
@@ -223,6 +247,7 @@ def _encode(path, suffix, frames, fps, sound, codec, crf, preset):
     container.mux(video.encode(None))
     if track:
       track.finish()
+  return index + 1
 
 
 def _encoder_options(codec, crf, preset) -> dict[str, str]:

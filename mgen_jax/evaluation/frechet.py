@@ -1,72 +1,51 @@
-"""The Frechet distance between two sets of videos on fixed features.
+"""Frechet distances between sets of videos, on features that can be plugged in.
 
-The features are those of a small network of random weights that never change: no download, the same
-on every machine. Random convolutions tell textures, shapes and motion apart well enough to order
-models on Marbles; the numbers compare with each other only, never with a published FVD, whose
-features are those of a trained I3D.
+FID and FVD are this distance on the features of an Inception and an I3D network; reconstructions
+against originals give rFID and rFVD. A `Features` is any function of clips, so those networks can
+be used where their weights are. Without weights there are fixed random convolutions: no download,
+the same everywhere, and they tell textures, colours and motion apart well enough to order damage
+and models on Marbles. Their distances compare only with distances on the same features, and are
+neither a published FID nor FVD.
 """
 
-import functools
-import math
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import linalg
 
-_SEED = 20240105
-_WIDTHS = (24, 48, 96)
+from mgen_jax.errors import UserError
+from mgen_jax.models import layers
+
+# uint8 [N, T, H, W, 3] -> features [M, D]; M is N, or N * T where each frame counts.
+Features = Callable[[np.ndarray], np.ndarray]
+
+_WIDTHS = (16, 32, 32)
 _BATCH = 16
 
 
-@functools.cache
-def _weights() -> tuple[np.ndarray, ...]:
-  """Kernels [3, 3, 3, c_in, c_out] with unit gain under ReLU."""
-  rng = np.random.default_rng(_SEED)
-  made, before = [], 3
-  for width in _WIDTHS:
-    scale = math.sqrt(2.0 / (27 * before))
-    made.append((scale * rng.standard_normal((3, 3, 3, before, width))).astype(np.float32))
-    before = width
-  return tuple(made)
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+  """Squared Frechet distance of two normals fitted to features [M, D] and [M', D].
 
-
-@jax.jit
-def _features(video: jax.Array) -> jax.Array:
-  """uint8 [B, T, H, W, 3] -> [B, sum of widths]: means over all positions, of each layer."""
-  x = video.astype(jnp.float32) / 127.5 - 1.0
-  found = []
-  for kernel in _weights():
-    x = jax.lax.conv_general_dilated(
-      x, kernel, (1, 2, 2), "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
-    )
-    x = jax.nn.relu(x)
-    # The mean says what is there; the spread over frames, what changes.
-    pooled = x.mean((2, 3))  # [B, T, C]
-    found += [pooled.mean(1), pooled.std(1)]
-  return jnp.concatenate(found, -1)
-
-
-def features(videos: np.ndarray) -> np.ndarray:
-  """uint8 [N, T, H, W, 3] -> float64 [N, D]."""
-  parts = [_features(videos[i : i + _BATCH]) for i in range(0, len(videos), _BATCH)]
-  return np.concatenate([np.asarray(part, np.float64) for part in parts])
-
-
-def distance(first: np.ndarray, second: np.ndarray) -> float:
-  """The Frechet distance of two Gaussians fitted to features [N, D] and [M, D].
-
-  |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)); it is biased upwards where N or M is not much larger
+  |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)); it is biased upwards where M or M' is not much larger
   than D, by the same amount for models compared on the same numbers.
+
+  Raises:
+    UserError: fewer than two rows in either, or widths that differ.
   """
-  means = [x.mean(0) for x in (first, second)]
-  covariances = [np.cov(x, rowvar=False) for x in (first, second)]
+  if min(len(a), len(b)) < 2 or a.shape[1:] != b.shape[1:]:
+    raise UserError(
+      f"features of shapes {a.shape} and {b.shape} have no Frechet distance: give two clips or "
+      "more of one kind."
+    )
+  a, b = a.astype(np.float64), b.astype(np.float64)
+  gap = a.mean(0) - b.mean(0)
+  covariances = [np.cov(x, rowvar=False) for x in (a, b)]
   # tr (C1 C2)^(1/2) = sum of the singular values of S1 S2, S the symmetric square roots.
   roots = [_symmetric_root(c) for c in covariances]
   cross = linalg.svdvals(roots[0] @ roots[1]).sum()
-  gap = np.square(means[0] - means[1]).sum()
-  return float(gap + sum(np.trace(c) for c in covariances) - 2.0 * cross)
+  return float(max(0.0, gap @ gap + sum(np.trace(c) for c in covariances) - 2.0 * cross))
 
 
 def _symmetric_root(matrix: np.ndarray) -> np.ndarray:
@@ -74,6 +53,47 @@ def _symmetric_root(matrix: np.ndarray) -> np.ndarray:
   return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
 
 
-def of_videos(real: np.ndarray | Sequence[np.ndarray], made: np.ndarray) -> float:
-  """The distance of uint8 videos [N, T, H, W, 3] and [M, T, H, W, 3], of the same length."""
-  return distance(features(np.asarray(real)), features(made))
+def random_frame_features(clips: np.ndarray) -> np.ndarray:
+  """Of each frame, mean and deviation over space of fixed random convolutions: [N * T, 64]."""
+  return _in_batches(_frame_features, clips.reshape(-1, *clips.shape[2:]))
+
+
+def random_clip_features(clips: np.ndarray) -> np.ndarray:
+  """Of each clip, fixed random convolutions over space and time: [N, 160]."""
+  return _in_batches(_clip_features, clips)
+
+
+def _in_batches(features: Callable[[np.ndarray], jax.Array], rows: np.ndarray) -> np.ndarray:
+  return np.concatenate(
+    [np.asarray(features(rows[i : i + _BATCH])) for i in range(0, len(rows), _BATCH)]
+  )
+
+
+@jax.jit
+def _frame_features(frames: jax.Array) -> jax.Array:
+  x = _layers(frames[:, None])[-1]
+  return jnp.concatenate([x.mean((1, 2, 3)), x.std((1, 2, 3))], -1)
+
+
+@jax.jit
+def _clip_features(clips: jax.Array) -> jax.Array:
+  found = []
+  for x in _layers(clips):
+    pooled = x.mean((2, 3))  # [B, T, C]
+    # The mean says what is there; the spread over frames, what changes.
+    found += [pooled.mean(1), pooled.std(1)]
+  return jnp.concatenate(found, -1)
+
+
+def _layers(clips: jax.Array) -> list[jax.Array]:
+  """uint8 [B, T, H, W, 3] -> [B, T, H', W', C] of each layer, under unit gain."""
+  x, found = clips.astype(jnp.float32) / 127.5 - 1.0, []
+  for layer, width in enumerate(_WIDTHS):
+    if clips.shape[1] > 1:  # each frame beside its neighbours: a 3D convolution, but fast on CPUs
+      near = layers.replicate_pad(x, 1, 1, axis=1)
+      x = jnp.concatenate([near[:, i : i + x.shape[1]] for i in range(3)], -1)
+    scale = np.sqrt(2.0 / (9 * x.shape[-1]))
+    kernel = scale * jax.random.normal(jax.random.key(layer), (3, 3, x.shape[-1], width))
+    x = jax.nn.relu(layers.convolve(x, kernel, (2, 2)))
+    found.append(x)
+  return found

@@ -3,12 +3,14 @@
 Each spatial convolution is followed by a temporal one (the identity at the start) and each spatial
 attention by a temporal one (zero at the start), so that before training the inflated model equals
 the image model on every frame. Any length goes in: T frames make ceil(T / stride) latent frames,
-and the decoder drops the frames that were not there. Not here: losses, tiling, latent statistics.
+and the decoder drops the frames that were not there. By config: the frame-wise model, and the 3D
+arm of the paper's ablation. Not here: its FLOPs (`autoencoder_flops`), pieces of long videos
+(`tiling`), losses, latent statistics.
 """
 
 import dataclasses
-import functools
 import math
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -40,6 +42,13 @@ class AutoencoderConfig:
   time_down: tuple[int, ...] = (0, 1, 2)  # and in time
   mid_attention: bool = True
   temporal: bool = True  # False: the frame-wise image autoencoder
+  # "3d" joins both halves of each convolution in one kernel, and attends over space and time at
+  # once: the other arm of the paper's Table 11.
+  inflation: str = "2.5d"
+  # Attention over all time, as in the paper. Without it the reach in time is finite, and a video of
+  # any length can be coded in pieces exactly and in constant memory (see `tiling`).
+  temporal_attention: bool = True
+  quant_conv: bool = False  # 1x1 convolutions around the latents, as in Stable Diffusion 1 and 2
   kernel: int = 3  # spatial; 1 treats each position by itself (with `patch`, for toys)
   temporal_kernel: int = 3
   # Pixels joined in one position in front (and split at the end) by a linear map, in place of the
@@ -48,6 +57,7 @@ class AutoencoderConfig:
   norm: str = "group"  # of each frame; "rms": over the channels of each position (Wan, toys)
   groups: int = 32  # of the group norms
   conv_method: str = "direct"  # "matmul" trains faster on a CPU; see layers.convolve
+  remat: bool = False  # recompute the residual blocks in the backward pass: less memory
   dtype: str = "float32"
 
   @property
@@ -104,6 +114,8 @@ class AutoencoderConfig:
       raise ConfigError(
         f"temporal=False has no strides in time: set time_down {self.time_down} to ()"
       )
+    if self.inflation not in ("2.5d", "3d"):
+      raise ConfigError(f"unknown inflation {self.inflation!r}: use '2.5d' or '3d'")
     if self.kernel % 2 == 0 or self.temporal_kernel % 2 == 0:
       raise ConfigError(
         f"kernel {self.kernel} and temporal_kernel {self.temporal_kernel} must be odd: use 1 or 3"
@@ -126,7 +138,7 @@ def _norm(config: AutoencoderConfig, name: str) -> nn.Module:
 
 
 class Conv(nn.Module):
-  """A 2.5D convolution: spatial, then temporal over the same channels."""
+  """A 2.5D convolution: spatial, then temporal over the same channels; or both in one, "3d"."""
 
   config: AutoencoderConfig
   features: int
@@ -140,6 +152,19 @@ class Conv(nn.Module):
   def __call__(self, x: Array) -> Array:
     cfg = self.config
     kernel = cfg.kernel if self.kernel is None else self.kernel
+    # A 1x1 convolution sees one pixel, and so does its temporal half.
+    taps = cfg.temporal_kernel if kernel > 1 else 1
+    if cfg.temporal and cfg.inflation == "3d":
+      x = layers.VolumeConv(
+        self.features,
+        (taps, kernel, kernel) if self.spatial else (taps, 1, 1),
+        (self.time_stride, self.stride, self.stride),
+        self.padding if self.spatial else None,
+        dtype=cfg.dtype,
+        method=cfg.conv_method,
+        name="volume",
+      )(x)
+      return nn.with_logical_constraint(x, layers.VIDEO_AXES)
     if self.spatial:
       x = layers.SpatialConv(
         self.features,
@@ -151,8 +176,6 @@ class Conv(nn.Module):
         name="spatial",
       )(x)
     if cfg.temporal:
-      # A 1x1 convolution sees one pixel, and so does its temporal half.
-      taps = cfg.temporal_kernel if kernel > 1 else 1
       x = layers.TemporalConv(
         taps, self.time_stride, dtype=cfg.dtype, method=cfg.conv_method, name="temporal"
       )(x)
@@ -199,7 +222,10 @@ class AxisAttention(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-  """Attention within each frame, then over time at each position (zero at the start)."""
+  """Attention within each frame, then over time at each position (zero at the start).
+
+  Inflated to "3d": over all positions of all frames at once.
+  """
 
   config: AutoencoderConfig
 
@@ -208,14 +234,20 @@ class AttentionBlock(nn.Module):
     cfg = self.config
     b, t, h, w, c = x.shape
     y = _norm(cfg, "norm")(x)
+    if cfg.temporal and cfg.temporal_attention and cfg.inflation == "3d":
+      return x + AxisAttention(cfg, name="spatial")(y.reshape(b, t * h * w, c)).reshape(x.shape)
     y = AxisAttention(cfg, name="spatial")(y.reshape(b * t, h * w, c))
     x = x + y.reshape(x.shape)
-    if not cfg.temporal:
+    if not (cfg.temporal and cfg.temporal_attention):
       return x
     y = _norm(cfg, "temporal_norm")(x)
     y = y.reshape(b, t, h * w, c).swapaxes(1, 2).reshape(b * h * w, t, c)
     y = AxisAttention(cfg, zero_init=True, name="temporal")(y)
     return x + y.reshape(b, h * w, t, c).swapaxes(1, 2).reshape(x.shape)
+
+
+def _res_block(config: AutoencoderConfig, features: int, name: str) -> nn.Module:
+  return (nn.remat(ResBlock) if config.remat else ResBlock)(config, features, name=name)
 
 
 class Middle(nn.Module):
@@ -226,10 +258,16 @@ class Middle(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    x = ResBlock(self.config, self.features, name="block1")(x)
+    x = _res_block(self.config, self.features, "block1")(x)
     if self.config.mid_attention:
       x = AttentionBlock(self.config, name="attention")(x)
-    return ResBlock(self.config, self.features, name="block2")(x)
+    return _res_block(self.config, self.features, "block2")(x)
+
+
+# The two parts that a pass can be cut into: "levels" stands next to the pixels, and what it makes
+# of a frame depends on a few neighbours only; "middle" stands next to the latents, is small, and
+# attends to all frames.
+Part = Literal["levels", "middle"]
 
 
 class Encoder(nn.Module):
@@ -238,13 +276,18 @@ class Encoder(nn.Module):
   config: AutoencoderConfig
 
   @nn.compact
-  def __call__(self, video: Array) -> Array:
+  def __call__(self, x: Array, part: Part | None = None) -> Array:
+    if part != "middle":
+      x = self._levels(x)
+    return x if part == "levels" else self._middle(x)
+
+  def _levels(self, video: Array) -> Array:
     cfg = self.config
     x = self._input(video, cfg.channels * cfg.multipliers[0])
     for level, multiplier in enumerate(cfg.multipliers):
       features = cfg.channels * multiplier
       for block in range(cfg.res_blocks):
-        x = ResBlock(cfg, features, name=f"level{level}_block{block}")(x)
+        x = _res_block(cfg, features, f"level{level}_block{block}")(x)
       space, time = level in cfg.space_down, level in cfg.time_down
       if space or time:
         # Zeros after the last row and column only, as in the latent-diffusion autoencoder.
@@ -257,9 +300,14 @@ class Encoder(nn.Module):
           spatial=space,
           name=f"level{level}_down",
         )(x)
+    return x
+
+  def _middle(self, x: Array) -> Array:
+    cfg = self.config
     x = Middle(cfg, x.shape[-1], name="middle")(x)
     x = nn.silu(_norm(cfg, "norm_out")(x))
-    return Conv(cfg, 2 * cfg.latent_channels, name="conv_out")(x)
+    x = Conv(cfg, 2 * cfg.latent_channels, name="conv_out")(x)
+    return Conv(cfg, x.shape[-1], kernel=1, name="quant_conv")(x) if cfg.quant_conv else x
 
   def _input(self, video: Array, features: int) -> Array:
     cfg = self.config
@@ -278,10 +326,20 @@ class Decoder(nn.Module):
   config: AutoencoderConfig
 
   @nn.compact
-  def __call__(self, latents: Array) -> Array:
+  def __call__(self, x: Array, part: Part | None = None) -> Array:
+    if part != "levels":
+      x = self._middle(x)
+    return x if part == "middle" else self._levels(x)
+
+  def _middle(self, x: Array) -> Array:
     cfg = self.config
-    x = Conv(cfg, cfg.channels * cfg.multipliers[-1], name="conv_in")(latents)
-    x = Middle(cfg, x.shape[-1], name="middle")(x)
+    if cfg.quant_conv:
+      x = Conv(cfg, cfg.latent_channels, kernel=1, name="quant_conv")(x)
+    x = Conv(cfg, cfg.channels * cfg.multipliers[-1], name="conv_in")(x)
+    return Middle(cfg, x.shape[-1], name="middle")(x)
+
+  def _levels(self, x: Array) -> Array:
+    cfg = self.config
     for level in reversed(range(len(cfg.multipliers))):
       features = cfg.channels * cfg.multipliers[level]
       # The decoder's level undoes the down step that led to the encoder's next level.
@@ -291,7 +349,7 @@ class Decoder(nn.Module):
         x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3) if space else x
         x = Conv(cfg, x.shape[-1], spatial=space, name=f"level{level}_up")(x)
       for block in range(cfg.decoder_res_blocks):
-        x = ResBlock(cfg, features, name=f"level{level}_block{block}")(x)
+        x = _res_block(cfg, features, f"level{level}_block{block}")(x)
     x = nn.silu(_norm(cfg, "norm_out")(x))
     if not cfg.has_patch:
       return Conv(cfg, 3, name="conv_out")(x).astype(jnp.float32)
@@ -324,9 +382,20 @@ class Autoencoder(nn.Module):
       ConfigError: a size that the stride does not divide.
     """
     self.config.latent_shape(*video.shape[1:4])
-    moments = self.encoder(video).astype(jnp.float32)
-    mean, logvar = jnp.split(moments, 2, -1)
+    return self._moments(self.encoder(video))
+
+  def _moments(self, x: Array) -> tuple[Array, Array]:
+    mean, logvar = jnp.split(x.astype(jnp.float32), 2, -1)
     return mean, jnp.clip(logvar, *LOGVAR_RANGE)
+
+  def encode_levels(self, video: Array) -> Array:
+    """The part of `encode` next to the pixels: [B, T, H, W, 3] -> [B, T', H', W', features]."""
+    self.config.latent_shape(*video.shape[1:4])
+    return self.encoder(video, "levels")
+
+  def encode_middle(self, features: Array) -> tuple[Array, Array]:
+    """The rest: `encode` is `encode_middle` of `encode_levels`."""
+    return self._moments(self.encoder(features, "middle"))
 
   def decode(self, latents: Array, frames: int | None = None) -> Array:
     """Decodes latents [B, T, H', W', C] to a video [B, frames, H, W, 3] in about [-1, 1].
@@ -335,81 +404,16 @@ class Autoencoder(nn.Module):
     """
     return self.decoder(latents)[:, :frames]
 
+  def decode_middle(self, latents: Array) -> Array:
+    """The part of `decode` next to the latents: [B, T, H', W', C] -> [B, T, H', W', features]."""
+    return self.decoder(latents, "middle")
+
+  def decode_levels(self, features: Array) -> Array:
+    """The rest: `decode` is `decode_levels` of `decode_middle`."""
+    return self.decoder(features, "levels")
+
   def __call__(self, video: Array, noise: Array | None = None) -> tuple[Array, Array, Array]:
     """Reconstruction, mean and log-variance; `noise` (shaped like the mean) samples the latent."""
     mean, logvar = self.encode(video)
     latents = mean if noise is None else mean + jnp.exp(0.5 * logvar) * noise
     return self.decode(latents, video.shape[1]), mean, logvar
-
-
-def flops(config: AutoencoderConfig, video_shape: tuple[int, int, int]) -> dict[str, int]:
-  """Exact matmul and convolution FLOPs of one video (frames, height, width), by part.
-
-  Returns:
-    FLOPs of "encoder" and "decoder"; additions and norms are not counted.
-  """
-  count = functools.partial(_conv_flops, config)
-  cfg = config
-  t = math.ceil(video_shape[0] / cfg.patch[0])
-  h, w = (n // p for n, p in zip(video_shape[1:], cfg.patch[1:], strict=True))
-  widths = [cfg.channels * m for m in cfg.multipliers]
-
-  def res(shape, before, after):
-    shortcut = count(shape, shape, before, after, kernel=1) if before != after else 0
-    return count(shape, shape, before, after) + count(shape, shape, after, after) + shortcut
-
-  def middle(shape, c):
-    total = 2 * res(shape, c, c)
-    if cfg.mid_attention:
-      frames, area = shape[0], shape[1] * shape[2]
-      projections = 2 * frames * area * 4 * c * c
-      total += projections + 4 * frames * area * area * c
-      if cfg.temporal:
-        total += projections + 4 * frames * frames * area * c
-    return total
-
-  shapes = [(t, h, w)]  # at the start of each level
-  pixels = 2 * t * h * w * cfg.patch_values * widths[0]
-  encoder = pixels if cfg.has_patch else count(shapes[0], shapes[0], 3, widths[0])
-  previous = widths[0]
-  for level, features in enumerate(widths):
-    for _ in range(cfg.res_blocks):
-      encoder += res(shapes[level], previous, features)
-      previous = features
-    t, h, w = shapes[level]
-    space, time = level in cfg.space_down, level in cfg.time_down
-    after = (-(-t // 2) if time else t, h // 2 if space else h, w // 2 if space else w)
-    shapes.append(after)
-    if space or time:
-      encoder += count(shapes[level], after, features, features, spatial=space)
-  encoder += middle(shapes[-1], widths[-1])
-  encoder += count(shapes[-1], shapes[-1], widths[-1], 2 * cfg.latent_channels)
-
-  shape = shapes[-1]
-  decoder = count(shape, shape, cfg.latent_channels, widths[-1]) + middle(shape, widths[-1])
-  previous = widths[-1]
-  for level in reversed(range(len(widths))):
-    space, time = level in cfg.space_down, level in cfg.time_down
-    shape = (shape[0] * (2 if time else 1), *(n * (2 if space else 1) for n in shape[1:]))
-    if space or time:
-      decoder += count(shape, shape, previous, previous, spatial=space)
-    for _ in range(cfg.decoder_res_blocks):
-      decoder += res(shape, previous, widths[level])
-      previous = widths[level]
-  if cfg.has_patch:
-    decoder += 2 * shape[0] * shape[1] * shape[2] * previous * cfg.patch_values
-  else:
-    decoder += count(shape, shape, previous, 3)
-  return {"encoder": encoder, "decoder": decoder}
-
-
-def _conv_flops(cfg, before, after, c_in, c_out, kernel=None, spatial=True) -> int:
-  """FLOPs of one 2.5D convolution between grids (t, h, w): spatial first, then temporal."""
-  kernel = cfg.kernel if kernel is None else kernel
-  total = 0
-  if spatial:
-    total += 2 * before[0] * after[1] * after[2] * kernel * kernel * c_in * c_out
-  if cfg.temporal:
-    taps = cfg.temporal_kernel if kernel > 1 else 1
-    total += 2 * after[0] * after[1] * after[2] * taps * c_out * c_out
-  return total

@@ -289,3 +289,42 @@ class TemporalConv(nn.Module):
     x = x.reshape(batch, x.shape[1], height * width, channels)
     x = convolve(x, kernel.astype(self.dtype)[:, None], (self.stride, 1), self.method)
     return x.reshape(batch, x.shape[1], height, width, channels) + bias.astype(self.dtype)
+
+
+class VolumeConv(nn.Module):
+  """A 3D convolution: [B, T, H, W, c_in] -> [B, ceil(T / stride), H', W', features].
+
+  Time is padded by replicating, as in `TemporalConv`; space by zeros, as in `SpatialConv`.
+  """
+
+  features: int
+  kernel: tuple[int, int, int]  # time, height, width
+  strides: tuple[int, int, int] = (1, 1, 1)
+  padding: tuple[int, int] | None = None  # of both axes of space; None keeps the size at stride 1
+  dtype: str = "float32"
+  method: str = "direct"
+  kernel_init: Initializer = fan_in_init
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    taps, k_h, k_w = self.kernel
+    kernel = self.param(
+      "kernel",
+      partitioned(self.kernel_init, None, None, None, "conv_in", "conv_out"),
+      (*self.kernel, x.shape[-1], self.features),
+    ).astype(self.dtype)
+    bias = self.param("bias", partitioned(nn.initializers.zeros, "conv_out"), (self.features,))
+    x = replicate_pad(x.astype(self.dtype), taps // 2, (taps - 1) // 2, axis=1)
+    rows, columns = ((self.padding,) * 2) if self.padding else ((k_h // 2,) * 2, (k_w // 2,) * 2)
+    x = jnp.pad(x, ((0, 0), (0, 0), rows, columns, (0, 0)))
+    if self.method == "direct":
+      x = jax.lax.conv_general_dilated(
+        x, kernel, self.strides, "VALID", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+      )
+    else:  # as one 2D convolution of neighbouring frames joined on the channels
+      frames = (x.shape[1] - taps) // self.strides[0] + 1
+      last = (frames - 1) * self.strides[0] + 1
+      near = [x[:, i : i + last : self.strides[0]] for i in range(taps)]
+      joined = jnp.moveaxis(kernel, 0, 2).reshape(k_h, k_w, -1, self.features)
+      x = convolve(jnp.concatenate(near, -1), joined, self.strides[1:], self.method)
+    return x + bias.astype(self.dtype)

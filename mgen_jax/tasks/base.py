@@ -44,6 +44,12 @@ class Task(Protocol):
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean loss over the batch and scalar metrics. `keys` is [batch]."""
 
+  # A task whose losses change with the step, or that has several players, also has
+  # `loss_at(params, batch, keys, step) -> (losses by player, metrics)`, which training descends in
+  # place of `loss`: each player's loss has a gradient for its own part of the parameters only. One
+  # with parts that come from files has `pretrained(have) -> arrays by name`, and one with parts
+  # that are never trained names them in `untrained`.
+
   def sample(
     self, params: Any, batch: dict[str, jax.Array], keys: jax.Array, bucket: Bucket, **options: Any
   ) -> jax.Array:
@@ -57,7 +63,7 @@ class Task(Protocol):
 
   # A task may also have frozen parameters, which a step reads and never changes (text encoders):
   # `frozen_shapes(mesh)`, shapes with shardings or None; `load_frozen(mesh)`, the arrays; and
-  # `embed(frozen, batch)`, the batch as `loss` wants it. See `WithFrozen`.
+  # `embed(frozen, batch)`, the batch as `loss` wants it. See `complete`.
   #
   # It may have `flops_by_part(bucket) -> dict[str, float]`, the parts of that sum: the
   # planner shows them.
@@ -88,25 +94,13 @@ class ImportTask(Protocol):
     """
 
 
-class WithFrozen:
-  """The loss of a task whose batches are completed by its frozen parameters on the way.
+def complete(task: Task, frozen: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """The batch as the losses of a task want it; `frozen` None: it has no such parameters.
 
-  What they make is an input of the loss, outside of its gradient: cached or made here, it is the
-  same training step.
+  What frozen parameters make is an input of the loss, outside of its gradient: cached or made here,
+  it is the same training step.
   """
-
-  def __init__(self, task: Task, frozen: Any):
-    self._task, self._frozen = task, frozen
-
-  def loss(
-    self, params: Any, batch: dict[str, jax.Array], keys: jax.Array
-  ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    return self._task.loss(params, self._task.embed(self._frozen, batch), keys)
-
-
-def with_frozen(task: Task, frozen: Any) -> Task | WithFrozen:
-  """The task, to compute losses with; `frozen` None: it has no such parameters."""
-  return task if frozen is None else WithFrozen(task, frozen)
+  return batch if frozen is None else task.embed(frozen, batch)
 
 
 def frozen_shapes(task: Task, mesh: jax.sharding.Mesh | None) -> Any:

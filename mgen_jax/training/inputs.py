@@ -38,8 +38,9 @@ class Prepare:
 
   def _normalised(self, example: dict[str, Any], rng: np.random.Generator | None) -> dict[str, Any]:
     mean, std = (np.asarray(self.latents[key], np.float32) for key in ("mean", "std"))
-    latents = example["mean"].astype(np.float32)
-    if self.sample and rng is not None:
+    drawn = "latents" in example  # by the encode stage, and there is nothing else to have
+    latents = example["latents" if drawn else "mean"].astype(np.float32)
+    if self.sample and rng is not None and not drawn:
       spread = np.exp(0.5 * example["logvar"].astype(np.float32))
       latents = latents + spread * rng.standard_normal(latents.shape, np.float32)
     made = {**example, "latents": (latents - mean) / std}
@@ -59,8 +60,8 @@ def make_stream(work: Workdir, name: str, task: Task) -> tuple[loop.Stream, dict
   if stage.latents is None:
     train, held_out = _media_sources(work, stage)
   else:
-    latents = read_json(work.folder(stage.latents) / STATISTICS_NAME)
-    train, held_out = _latent_sources(work, stage, task)
+    latents = read_json(work.latents(stage.latents) / STATISTICS_NAME)
+    train, held_out = _latent_sources(work, stage, task, latents)
   buckets = _with_examples(name, stage, train)
   common = {
     "process_index": jax.process_index(),
@@ -96,6 +97,21 @@ def make_stream(work: Workdir, name: str, task: Task) -> tuple[loop.Stream, dict
   return loop.Stream(sizes, start, validation), latents
 
 
+def check_autoencoder(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
+  """Refuses latents that another autoencoder made: to a model they would be another language.
+
+  Args:
+    found: of a manifest, with the hash under "autoencoder".
+    wanted: of the statistics, likewise.
+    where: what `found` describes.
+  """
+  if found["autoencoder"] != wanted["autoencoder"]:
+    raise UserError(
+      f"{where} is of autoencoder {found['autoencoder']}, but the latents are of "
+      f"{wanted['autoencoder']}: use those of one autoencoder, or encode again."
+    )
+
+
 def _media_sources(work: Workdir, stage: TrainStage) -> tuple[dict, dict]:
   """Sources of the training and of the held-out clips, by bucket."""
   data = work.experiment.data
@@ -116,14 +132,17 @@ def _media_sources(work: Workdir, stage: TrainStage) -> tuple[dict, dict]:
   return both[0], both[1]
 
 
-def _latent_sources(work: Workdir, stage: TrainStage, task: Task) -> tuple[dict, dict]:
+def _latent_sources(
+  work: Workdir, stage: TrainStage, task: Task, statistics: Mapping[str, Any]
+) -> tuple[dict, dict]:
   """The same from the records of the encode stage, with images where the task wants them."""
   both = []
   for split in ("train", "held_out"):
 
     def read(bucket: Bucket, split: str = split) -> pipeline.Source:
-      folder = work.folder(stage.latents) / split / bucket.name
-      return pipeline.LatentSource(records.open_records(folder))
+      source = records.open_records(work.latents(stage.latents) / split / bucket.name)
+      check_autoencoder(source.settings, statistics, str(source.folder))
+      return pipeline.LatentSource(source)
 
     sources = {}
     for bucket in stage.batches():

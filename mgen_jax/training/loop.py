@@ -163,7 +163,9 @@ class Program(NamedTuple):
 
 def make_program(task: Task, config: TrainStage, mesh: jax.sharding.Mesh, seed: int) -> Program:
   """The train step of a stage on a mesh, which may be one of devices that are not here."""
-  optimizer = optimizer_lib.make_optimizer(config.optimizer, config.steps)
+  optimizer = optimizer_lib.make_optimizers(
+    config.optimizer, config.optimizers, state_lib.untrained_parts(task), config.steps
+  )
   layout = state_lib.shardings(task, optimizer, mesh)
   train_step = step_lib.make_train_step(
     task,

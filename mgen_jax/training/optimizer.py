@@ -1,5 +1,6 @@
 """The optimizer of a stage: an optax chain from a config. Nothing in it is ours but the order."""
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -59,6 +60,37 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
       )
     )
   return optax.chain(*parts)
+
+
+def make_optimizers(
+  config: OptimizerConfig,
+  of_parts: Mapping[str, OptimizerConfig],
+  untrained: Collection[str],
+  steps: int,
+) -> optax.GradientTransformation:
+  """One transformation for parameters whose parts (top-level names) are optimized each their own
+  way: clipping, moments and schedule apart.
+
+  Args:
+    config: of all parts that are not named.
+    of_parts: of those that are.
+    untrained: parts that never change.
+    steps: of the stage.
+  """
+  if not of_parts and not untrained:
+    return make_optimizer(config, steps)
+  made = {name: make_optimizer(part, steps) for name, part in of_parts.items()}
+  made |= dict.fromkeys(untrained, optax.set_to_zero())
+  rest = make_optimizer(config, steps)
+
+  def labels(params: Any) -> Any:
+    # By the first name on the way to a leaf; optax also asks about trees without any.
+    def label(path: tuple, _: Any) -> str:
+      return path[0].key if path[0].key in made else ""
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+  return optax.partition({**made, "": rest}, labels)
 
 
 def matrix_dimensions(params: Any) -> Any:

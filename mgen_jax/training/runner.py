@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from absl import logging
+from flax import traverse_util
 
 from mgen_jax import schema, tasks
 from mgen_jax.errors import UserError
@@ -27,6 +28,11 @@ def run(work: Workdir, name: str) -> None:
   """
   stage = work.experiment.stages[name]
   task = tasks.make(stage.task)
+  if stage.optimizers and (unknown := set(stage.optimizers) - set(state_lib.param_shapes(task))):
+    raise UserError(
+      f"config.stages.{name}.optimizers names {', '.join(sorted(unknown))}, which the task has no "
+      f"parameters for: {', '.join(state_lib.param_shapes(task))}."
+    )
   mesh = mesh_lib.make_mesh(stage.mesh)
   stream, latents = inputs.make_stream(work, name, task)
   meta = {
@@ -39,10 +45,12 @@ def run(work: Workdir, name: str) -> None:
   load_initial = None
   if stage.init_from is not None:
     logging.info("stage %s starts from the averaged parameters of %s", name, stage.init_from)
-    load_initial = functools.partial(_load_origin, work, name, task, mesh)
+    load_initial = functools.partial(_load_origin, work, name, task, mesh, latents)
   elif stage.init_weights is not None:
     logging.info("stage %s starts from %s", name, stage.init_weights)
     load_initial = functools.partial(_load_weights, work, name, task)
+  if hasattr(task, "pretrained"):
+    load_initial = functools.partial(_load_files, work, name, task, load_initial)
   frozen = None
   if frozen_shapes(task, None) is not None:
     logging.info("stage %s reads its frozen encoders", name)
@@ -78,19 +86,29 @@ def load_trained(
 
 
 def _load_origin(
-  work: Workdir, name: str, task: Task, mesh: jax.sharding.Mesh, shapes: Any, layout: Any
+  work: Workdir,
+  name: str,
+  task: Task,
+  mesh: jax.sharding.Mesh,
+  latents: dict[str, Any] | None,
+  shapes: Any,
+  layout: Any,
 ) -> Any:
   """The averaged parameters of the stage that stage `name` starts from, fitted to its task."""
   stage = work.experiment.stages[name]
   folder = work.folder(stage.init_from)
   origin = tasks.make(work.experiment.stages[stage.init_from].task)
   found = state_lib.param_shapes(origin)
+  with Checkpoints(str(folder / "checkpoints"), read_only=True) as checkpoints:
+    before = checkpoints.read_meta()["latents"]
+  if latents is not None and before is not None:
+    inputs.check_autoencoder(before, latents, f"what stage {stage.init_from} has learned")
   if found == shapes:
     return _load_ema(folder, shapes, layout)
   if jax.eval_shape(task.adapt, found, shapes) != shapes:
     raise UserError(
       f"stage {name} cannot start from stage {stage.init_from}: their models differ in more than "
-      "position tables; give both the same task.model."
+      "what can grow from stage to stage; give both the same task.model."
     )
   params = _load_ema(folder, found, state_lib.param_shardings(origin, mesh))
 
@@ -111,6 +129,34 @@ def _load_weights(work: Workdir, name: str, task: Task, shapes: Any, layout: Any
   if found != jax.tree.map(lambda leaf: leaf.shape, shapes):
     raise UserError(f"the weights of stage {name} do not fill its model: give both the same size.")
   return jax.tree.map(jax.device_put, made, layout)
+
+
+def _load_files(
+  work: Workdir, name: str, task: Task, load_rest: Any, shapes: Any, layout: Any
+) -> Any:
+  """The parameters that stage `name` starts with: some from files, the rest from the stage before
+  (`load_rest`) or random."""
+  stage = work.experiment.stages[name]
+  have = ()
+  if stage.init_from is not None:
+    have = tuple(state_lib.param_shapes(tasks.make(work.experiment.stages[stage.init_from].task)))
+  found = task.pretrained(have)
+  params = None if load_rest is None else load_rest(shapes, layout)
+  if not found:
+    return params
+  if params is None:
+    key = state_lib.stream_key(work.experiment.seed, "init", 0)
+    params = jax.jit(lambda: state_lib.init_params(task, key), out_shardings=layout)()
+  flat, places = (traverse_util.flatten_dict(tree, sep="/") for tree in (params, layout))
+  for path, value in found.items():
+    if flat[path].shape != value.shape:
+      raise UserError(
+        f"stage {name}: {path} is {value.shape} in its file and {flat[path].shape} in the model."
+      )
+    flat[path] = jax.make_array_from_callback(
+      value.shape, places[path], lambda index, value=value: value[index]
+    )
+  return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def _load_ema(folder: Path, shapes: Any, layout: Any) -> Any:

@@ -49,6 +49,11 @@ def param_shapes(task: Task) -> Any:
   return jax.eval_shape(lambda: init_params(task, jax.random.key(0)))
 
 
+def untrained_parts(task: Task) -> tuple[str, ...]:
+  """The top-level parameters that a task has and never trains."""
+  return tuple(name for name in getattr(task, "untrained", ()) if name in param_shapes(task))
+
+
 def param_shardings(task: Task, mesh: jax.sharding.Mesh) -> Any:
   """Where each parameter lies."""
   return rules.tree_shardings(mesh, jax.eval_shape(lambda: task.init(jax.random.key(0))))

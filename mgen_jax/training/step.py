@@ -13,7 +13,7 @@ from absl import logging
 
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.parallel import rules
-from mgen_jax.tasks.base import Task, with_frozen
+from mgen_jax.tasks.base import Task, complete
 from mgen_jax.training import state as state_lib
 from mgen_jax.training.outline import outline
 from mgen_jax.training.state import TrainState
@@ -21,14 +21,37 @@ from mgen_jax.training.state import TrainState
 Batch = dict[str, jax.Array]
 
 
+def objective(task: Task, step: jax.Array, frozen: Any = None) -> Callable[..., Any]:
+  """What a step descends: (params, batch, keys) -> (loss, metrics).
+
+  Of a task with several players it is the sum of their losses. Each of these has a gradient for its
+  own part of the parameters only, so one backward pass serves them all.
+
+  Args:
+    task: what is learned.
+    step: the losses of several players may depend on it.
+    frozen: parameters that complete each batch on the way (`tasks.base.complete`); None: none.
+  """
+  if not hasattr(task, "loss_at"):
+    return lambda params, batch, keys: task.loss(params, complete(task, frozen, batch), keys)
+
+  def total(params, batch, keys):
+    losses, metrics = task.loss_at(params, complete(task, frozen, batch), keys, step)
+    if len(losses) > 1:
+      metrics = metrics | {f"{player}_loss": loss for player, loss in losses.items()}
+    return sum(losses.values()), metrics
+
+  return total
+
+
 def loss_and_gradients(
-  task: Task, params: Any, batch: Batch, keys: jax.Array, accumulate: int
+  loss: Callable[..., Any], params: Any, batch: Batch, keys: jax.Array, accumulate: int
 ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-  """Mean loss, metrics and gradients over a batch, in `accumulate` passes of equal size.
+  """Mean of a `loss`, metrics and gradients over a batch, in `accumulate` passes of equal size.
 
   Every example has its own key, so the split changes the order of summation and nothing else.
   """
-  gradient = jax.value_and_grad(task.loss, has_aux=True)
+  gradient = jax.value_and_grad(loss, has_aux=True)
   if accumulate == 1:
     (loss, metrics), gradients = gradient(params, batch, keys)
     return loss, metrics, gradients
@@ -93,11 +116,10 @@ def make_train_step(
     return norm, finite, jax.tree.map(lambda a, b: jax.lax.select(finite, a, b), new, old)
 
   def train_step(state: TrainState, batch: Batch, frozen: Any = None):
-    learner = with_frozen(task, frozen)
     examples = jax.tree.leaves(batch)[0].shape[0]
     keys = state_lib.example_keys(seed, "train", state.step, examples)
     loss, metrics, gradients = loss_and_gradients(
-      learner, state.params, batch, keys, passes(examples)
+      objective(task, state.step, frozen), state.params, batch, keys, passes(examples)
     )
     norm, finite, changed = outline(update)(state, loss, gradients)
     first_bad = jnp.where((state.nonfinite_step < 0) & ~finite, state.step, state.nonfinite_step)
@@ -151,6 +173,6 @@ def make_validation(task: Task, *, seed: int) -> Callable[..., jax.Array]:
   def validation(params, batch, index, frozen=None):
     examples = jax.tree.leaves(batch)[0].shape[0]
     keys = state_lib.example_keys(seed, "validation", index, examples)
-    return with_frozen(task, frozen).loss(params, batch, keys)[0]
+    return task.loss(params, complete(task, frozen, batch), keys)[0]
 
   return jax.jit(validation)

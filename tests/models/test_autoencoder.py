@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mgen_jax.errors import ConfigError
-from mgen_jax.models import autoencoder
+from mgen_jax.models import autoencoder_flops
 from mgen_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 
 # All the parts of the full-size model, with as few blocks as possible: each costs compile time.
@@ -120,7 +120,7 @@ def test_flops_equal_the_compiled_program(config):
     lowered = jax.jit(lambda p, v, part=part: model.apply({"params": p}, v, method=part))
     # Before XLA's own optimisation, which skips the multiplications with padding.
     counted[part] = lowered.lower(params, value).cost_analysis()["flops"]
-  flops = autoencoder.flops(config, (16, 16, 24))
+  flops = autoencoder_flops.flops(config, (16, 16, 24))
   assert flops["encoder"] == pytest.approx(counted["encode"], rel=0.1)
   assert flops["decoder"] == pytest.approx(counted["decode"], rel=0.1)
 

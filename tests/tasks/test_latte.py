@@ -113,6 +113,20 @@ def test_latents_can_be_drawn_from_their_distribution():
   np.testing.assert_array_equal(sample(record, None)["latents"], mean(record, None)["latents"])
 
 
+def test_latents_that_were_drawn_when_they_were_written_are_not_drawn_again():
+  task = tasks.make(_config(images=2))
+  records = [_record(i) for i in range(3)]
+  for record in records:
+    record["latents"] = record.pop("mean")
+  statistics = {"mean": np.ones(4), "std": np.full(4, 2.0)}
+  example = {**records[0], "images": [{**r, "latents": r["latents"][:1]} for r in records[1:]]}
+  made = Prepare(task, statistics, sample=True)(example, np.random.default_rng(0))
+  expected = (records[0]["latents"].astype(np.float32) - 1.0) / 2.0
+  np.testing.assert_allclose(made["latents"], expected, rtol=1e-6)
+  for image, record in zip(made["images"], records[1:], strict=True):
+    np.testing.assert_allclose(image, (record["latents"][0] - 1.0) / 2.0, rtol=1e-3)
+
+
 def test_conditions_are_dropped_for_the_clip_and_apart_for_all_its_images():
   """spec: dropout is drawn once for a clip, and once for all images beside it."""
   task = tasks.make(_config(images=3, condition_dropout=0.5))

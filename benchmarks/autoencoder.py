@@ -1,0 +1,244 @@
+"""Encoding and decoding a clip against diffusers' video autoencoders, and the price of pieces.
+
+  python -m benchmarks.autoencoder                       # frames/s and memory, diffusers beside it
+  python -m benchmarks.autoencoder --part=pieces         # 1,024 frames: memory by length, seams
+
+Part "clip": our 2.5D autoencoder (8x8x8, 16 channels) and diffusers' CogVideoX and Wan ones (4x8x8,
+16 channels), random weights, fp32, the width of each chosen so that all have about the same number
+of parameters; the machine's default threads on both sides; rounds interleaved. Needs the test extra
+(torch, diffusers). Memory is the peak of a process that does nothing else.
+
+Part "pieces": `coding.Coder` on ever longer clips, each in a process of its own, in both modes; and
+how far each mode is from decoding the whole at once, everywhere and beside the seams.
+"""
+
+import functools
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import common
+from mgen_jax import coding
+from mgen_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from mgen_jax.models.tiling import TilingConfig
+from mgen_jax.parallel import mesh as mesh_lib
+
+OURS = AutoencoderConfig(channels=32, res_blocks=1, decoder_res_blocks=2, groups=8)
+# A pixel's width of the toy that is cut in pieces: large enough to see memory, small enough to run.
+PIECES = AutoencoderConfig(
+  channels=16,
+  multipliers=(1, 2),
+  res_blocks=1,
+  decoder_res_blocks=1,
+  patch=(2, 4, 4),
+  space_down=(0,),
+  time_down=(0, 1),
+  groups=4,
+)
+LENGTHS = (64, 256, 1024)
+MODULES = ("mgen_jax", "AutoencoderKLCogVideoX", "AutoencoderKLWan")
+
+
+def main() -> None:
+  parser = common.parser(__doc__, rounds=5)
+  parser.add_argument("--part", choices=("clip", "pieces"), default="clip")
+  parser.add_argument("--frames", type=int, default=16, help="Of the clip.")
+  parser.add_argument("--side", type=int, default=64, help="Pixels of the clip's sides.")
+  parser.add_argument("--child", help="What the benchmark starts itself as.")
+  flags = parser.parse_args()
+  if flags.child:
+    print(json.dumps(child(flags.child, flags.frames, flags.side)))
+  elif flags.part == "clip":
+    clip(flags)
+  else:
+    pieces(flags)
+
+
+# --------------------------------------------------------------------------------------------------
+# One clip.
+
+
+def clip(flags: Any) -> None:
+  steps, counts = {}, {}
+  for name in MODULES:
+    steps[name], counts[name] = make(name, flags.frames, flags.side)
+  times = common.interleave(steps, flags.rounds, warm_up=1)
+  rows = []
+  for name in MODULES:
+    frames = frames_of(name, flags.frames)
+    median = sorted(times[name].wall)[len(times[name].wall) // 2]
+    own = ratios(times[name], times["mgen_jax"], frames, flags.frames)
+    rows.append(
+      {
+        "module": name,
+        "parameters": f"{counts[name]:,}",
+        "frames/s": round(frames / median, 2),
+        "ours / theirs": own,
+        "peak MiB": run_child(name, flags)["peak_mib"],
+      }
+    )
+  common.report("encode and decode a clip", rows, flags.out)
+
+
+def ratios(theirs: common.Times, ours: common.Times, their_frames: int, frames: int) -> str:
+  """Our frames/s over theirs."""
+  found = common.ratios(theirs, ours)
+  scale = frames / their_frames
+  wall, cpu = found["ratio"] * scale, found["cpu_ratio"] * scale
+  return f"{wall:.2f} (CPU time {cpu:.2f})"
+
+
+def frames_of(name: str, frames: int) -> int:
+  """Causal autoencoders code a first frame apart: 4 n + 1."""
+  return frames if name == "mgen_jax" else frames + 1
+
+
+def make(name: str, frames: int, side: int) -> tuple[Callable[[], Any], int]:
+  """(a function that encodes and decodes one clip, the number of parameters)."""
+  shape = (1, frames_of(name, frames), side, side, 3)
+  video = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+  if name == "mgen_jax":
+    params = init(OURS, side)
+    program = jax.jit(lambda params, video: Autoencoder(OURS).apply({"params": params}, video)[0])
+    step = lambda: jax.block_until_ready(program(params, video))  # noqa: E731
+    return step, sum(x.size for x in jax.tree.leaves(params))
+  import torch
+
+  model = match(name, parameters(OURS))
+  pixels = torch.tensor(video.transpose(0, 4, 1, 2, 3))
+
+  @torch.inference_mode()
+  def step():
+    return model.decode(model.encode(pixels).latent_dist.mode()).sample
+
+  return step, sum(p.numel() for p in model.parameters())
+
+
+def match(name: str, wanted: int) -> Any:
+  """diffusers' module in the width whose number of parameters is nearest to `wanted`."""
+  import diffusers
+  import torch
+
+  def build(width):
+    if name == "AutoencoderKLWan":
+      return diffusers.AutoencoderKLWan(base_dim=width)
+    widths = tuple(width * m for m in (1, 2, 2, 4))
+    return diffusers.AutoencoderKLCogVideoX(
+      block_out_channels=widths, layers_per_block=2, norm_num_groups=8
+    )
+
+  def distance(width):
+    with torch.device("meta"):
+      return abs(sum(p.numel() for p in build(width).parameters()) - wanted)
+
+  width = min(range(8, 129, 8), key=distance)
+  return build(width).eval()
+
+
+@functools.cache
+def parameters(model: AutoencoderConfig) -> int:
+  shape = jax.ShapeDtypeStruct((1, 1, 8, 8, 3), jnp.float32)
+  tree = jax.eval_shape(Autoencoder(model).init, jax.random.key(0), shape)
+  return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def init(model: AutoencoderConfig, side: int) -> Any:
+  video = jnp.zeros((1, 1, side, side, 3))
+  return nn.unbox(jax.jit(Autoencoder(model).init)(jax.random.key(0), video))["params"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Pieces.
+
+
+def pieces(flags: Any) -> None:
+  rows = []
+  for mode in ("blend", "exact", "whole"):
+    for length in LENGTHS:
+      if mode == "whole" and length > 256:
+        continue  # that is what pieces are for
+      found = run_child(f"{mode}:{length}", flags)
+      rows.append({"mode": mode, "frames": length, "peak MiB": found["peak_mib"]})
+  common.report("peak memory of encoding and decoding a long clip", rows, None)
+  seams = [seam(mode, flags.side) for mode in ("none", "blend", "exact")]
+  common.report("distance from decoding the whole at once", seams, flags.out, memory=rows)
+
+
+def coder(model: AutoencoderConfig, mode: str, side: int) -> coding.Coder:
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1])
+  overlap = 16 if mode == "blend" else 0
+  config = TilingConfig(mode="exact" if mode == "exact" else "blend", overlap=overlap)
+  return coding.Coder(model, perturbed(model, side), config, mesh)
+
+
+def perturbed(model: AutoencoderConfig, side: int) -> Any:
+  """Random parameters whose temporal layers are no longer the identity."""
+  leaves, tree = jax.tree.flatten(init(model, side))
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+  return jax.tree.unflatten(tree, noisy)
+
+
+def seam(mode: str, side: int, frames: int = 256) -> common.Row:
+  """Largest and mean difference, over all frames and over the two next to each seam."""
+  t, h, w, c = PIECES.latent_shape(frames, side, side)
+  latents = np.random.default_rng(0).standard_normal((t, h, w, c)).astype(np.float32)
+  decode = jax.jit(functools.partial(Autoencoder(PIECES).apply, method="decode"))
+  whole = np.asarray(decode({"params": perturbed(PIECES, side)}, latents[None]))[0]
+  made = np.concatenate(list(coder(PIECES, mode, side).decode([latents], frames)))
+  error = np.abs(made - whole).mean((1, 2, 3)) / np.abs(whole).mean()
+  near = np.zeros(frames, bool)
+  for place in range(32, frames, 32):
+    near[place - 1 : place + 1] = True
+  return {
+    "mode": mode,
+    "largest": float(np.abs(made - whole).max()),
+    "mean, relative": float(error.mean()),
+    "beside seams": float(error[near].mean()),
+  }
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes of their own, for their peak memory.
+
+
+def run_child(name: str, flags: Any) -> dict[str, float]:
+  command = [sys.executable, "-m", "benchmarks.autoencoder", f"--child={name}"]
+  command += [f"--frames={flags.frames}", f"--side={flags.side}"]
+  done = subprocess.run(command, capture_output=True, text=True, check=True)
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def child(name: str, frames: int, side: int) -> dict[str, float]:
+  if ":" not in name:
+    make(name, frames, side)[0]()
+  else:
+    mode, length = name.split(":")
+    long_clip(mode, int(length), side)
+  return {"peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
+
+
+def long_clip(mode: str, length: int, side: int) -> None:
+  """Encodes and decodes a clip that is made, and forgotten, chunk by chunk."""
+  rng = np.random.default_rng(0)
+  chunks = (rng.integers(0, 256, (32, side, side, 3), np.uint8) for _ in range(length // 32))
+  if mode == "whole":
+    video = np.concatenate(list(chunks))[None].astype(np.float32) / 127.5 - 1.0
+    params = {"params": perturbed(PIECES, side)}
+    jax.block_until_ready(jax.jit(Autoencoder(PIECES).apply)(params, video))
+    return
+  made = coder(PIECES, mode, side)
+  latents = (mean for mean, _ in made.encode(chunks))
+  assert sum(len(video) for video in made.decode(latents, length)) == length
+
+
+if __name__ == "__main__":
+  main()
