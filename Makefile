@@ -28,8 +28,9 @@ quickstart:
 	@$(call install,)
 	$(RUN) mgen_jax.main --config=experiments/quickstart.py --workdir=runs/quickstart $(ARGS)
 
+# Two at a time, a file on one of them: its tests share what they have trained.
 test: lint
-	$(RUN) pytest $(ARGS)
+	$(RUN) pytest -n 2 --dist loadfile $(ARGS)
 
 lint:
 	@$(call install,[test])

@@ -163,7 +163,7 @@ def test_a_model_of_features_is_sampled_from_a_prompt(work):
   assert np.abs(videos["cached"] - videos["online"]).max() <= 2  # three steps of rounding apart
   for row in range(1, 4):
     assert np.abs(videos["cached"][row] - videos["cached"][0]).max() > 0
-  generator.fps = 24.0
+  generator.fps = 0.0  # no prefix; the digits of another rate are unknown to this vocabulary
   assert np.abs(generator.generate(prompts[:1], bucket, [3]) - videos["online"][:1]).max() > 0
 
 

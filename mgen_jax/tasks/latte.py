@@ -369,9 +369,10 @@ class Latte:
     lengths = self.config.text.lengths if self._text is not None else ()
     shape = self.config.latent_shape(bucket)[:3]
     parts = latte.flops(self.config.model, shape, lengths, images=images)
-    if self._text is not None:
-      parts["text_encoder"] = (1 + images) * self._text.flops()
-    return {name: 3.0 * part for name, part in parts.items()}
+    trained = {name: 3.0 * part for name, part in parts.items()}
+    if self._text is None:
+      return trained
+    return {**trained, "text_encoder": float((1 + images) * self._text.flops())}
 
   def tokens(self, bucket: Bucket) -> int:
     """Patches, those of images included."""

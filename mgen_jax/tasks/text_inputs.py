@@ -138,6 +138,9 @@ class TextInputs(Protocol):
   def flops(self) -> int:
     """Of training on one text: three forward passes of what is trained, one of what is frozen."""
 
+  def sample_flops(self) -> int:
+    """Of one text that is drawn from: a forward pass of what is trained."""
+
   def prepare(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
     """The entries of one row, from a record."""
 
@@ -190,7 +193,10 @@ class ByteText:
     return {"tokens": ArraySpec(shape, np.int32, ("batch", "context_tokens"))}
 
   def flops(self) -> int:
-    return 3 * sum(text_lib.flops(self.config, self.config.max_length).values())
+    return 3 * self.sample_flops()
+
+  def sample_flops(self) -> int:
+    return sum(text_lib.flops(self.config, self.config.max_length).values())
 
   def prepare(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
     return {"tokens": self.tokenize([example["caption"]])[0]}
@@ -273,6 +279,9 @@ class FeatureText:
 
   def flops(self) -> int:
     return self._stack.flops() if self.config.online else 0
+
+  def sample_flops(self) -> int:
+    return 0
 
   def prepare(self, example: dict[str, Any]) -> dict[str, np.ndarray]:
     if self.config.online:

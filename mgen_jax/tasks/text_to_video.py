@@ -286,7 +286,7 @@ class TextToVideo:
     shape = self.config.latent_shape(bucket)[:3]
     parts = backbone.flops(self.config.model, shape, self.config.text.lengths)
     made = {name: float(passes * part) for name, part in parts.items()}
-    return {**made, "text_encoder": float(branches * self._text.flops())}
+    return {**made, "text_encoder": float(branches * self._text.sample_flops())}
 
   def tokens(self, bucket: Bucket) -> int:
     """Patches of latents."""
