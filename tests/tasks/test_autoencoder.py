@@ -105,7 +105,7 @@ def _train(task, optimizers, batches, steps, accumulate=1):
       optimizer_lib.make_schedule(slow, steps),
       layout,
       seed=0,
-      accumulate=accumulate,
+      passes=lambda examples: accumulate,
       ema_decay=0.9,
     )
     state = state_lib.initialise(task, made, layout, seed=0)
