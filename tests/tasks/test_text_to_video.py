@@ -205,7 +205,7 @@ def test_a_stage_starts_from_one_with_fewer_positions(tmp_path, growth):
   with mesh_lib.use(mesh):
     layout = state_lib.param_shardings(task, mesh)
     shapes = state_lib.param_shapes(task)
-    made = runner._load_origin(work, "t2v", task, mesh, shapes, layout)
+    made = runner._load_origin(work, "t2v", task, mesh, untrained.LATENTS, shapes, layout)
     _, old, _ = runner.load_trained(work, "t2i", mesh)
   assert jax.tree.map(lambda x: x.sharding, made) == layout
   table, small = made["backbone"]["position_width"], old["backbone"]["position_width"]
