@@ -10,8 +10,8 @@ Hardware: 4 CPU cores. Time, memory and accuracies: docs/numbers.md, "Quickstart
 Everything is the full-size code by config, at toy size. Four choices are the toy's own: the
 autoencoder codes each block of 8x8x8 pixels by itself (convolutions train too slowly on a CPU), the
 times of flow matching lean to the noise (`time_mean`), where the place of the one object is
-decided, a word of the caption is one feature, and all objects are large: a small one is two blocks
-wide, and to draw both sizes takes several times the minutes.
+decided, a word of the caption is one feature, and all objects are large: a small one is less than
+two blocks wide (docs/numbers.md has what both sizes gave).
 """
 
 from mgen_jax import config
