@@ -9,7 +9,7 @@ import re
 import jax
 import pytest
 
-from mgen_jax import config, tasks
+from mgen_jax import config, schema, tasks
 from mgen_jax.data.buckets import parse_bucket
 from mgen_jax.training import state as state_lib
 
@@ -144,7 +144,7 @@ def test_the_30b_recipe_is_the_papers_table():
 
 def test_the_presets_train_the_same_recipe():
   module = _module("t2v_30b")
-  plain = [config.schema.to_plain(config.resolve(module.get_config(v))) for v in module.VARIANTS]
+  plain = [schema.to_plain(config.resolve(module.get_config(v))) for v in module.VARIANTS]
   for other in plain[1:]:
     changed = config.differences(plain[0], other)
     keys = {key.rsplit(".stages.", 1)[-1] for key in changed} - {"name"}
@@ -153,7 +153,7 @@ def test_the_presets_train_the_same_recipe():
 
 def test_the_arms_of_the_ablation_differ_in_what_they_compare():
   module = _module("t2v_5b_ablation")
-  plain = {v: config.schema.to_plain(config.resolve(module.get_config(v))) for v in module.VARIANTS}
+  plain = {v: schema.to_plain(config.resolve(module.get_config(v))) for v in module.VARIANTS}
   for arm, words in (
     ("diffusion", {"objective", "method"}),
     ("dit", {"norm", "norm_eps", "norm_affine", "activation", "use_bias"}),

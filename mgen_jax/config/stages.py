@@ -1,0 +1,233 @@
+"""What an experiment may say: the config of the data and of each kind of stage, with its defaults.
+
+The configs of models and tasks stand beside their code; they meet here. Not here: the checks across
+stages (see `checks.py`) and the machine that checks types and spelling (see `schema.py`).
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from mgen_jax import schema, tasks
+from mgen_jax.data.buckets import Bucket, parse_bucket
+from mgen_jax.data.marbles import WorldConfig
+from mgen_jax.encoders import StackConfig
+from mgen_jax.errors import ConfigError
+from mgen_jax.parallel.mesh import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class MarblesConfig:
+  """The clips that are rendered where no folder of videos is given (see data/marbles)."""
+
+  clips: int = 1600
+  sizes: tuple[tuple[int, int], ...] = ((64, 64), (48, 80))  # (height, width), in turn
+  frames: tuple[int, ...] = (16, 24)  # in turn
+  fps: float = 8.0
+  sound: bool = True
+  world: WorldConfig = WorldConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where the media come from."""
+
+  videos: str | None = None  # a folder with captions (README, "Your own videos"); None: Marbles
+  marbles: MarblesConfig = MarblesConfig()
+  held_out: float = 0.05  # share of the clips that no stage trains on
+  fps: float | None = None  # sample clips at this rate; None: at their own
+  max_crop: float = 0.2  # share of the picture that fitting a clip to a bucket may lose
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW or Muon, with a clipped gradient and a schedule.
+
+  The papers state learning rates (movie_gen 4.4) and neither betas, weight decay nor clipping:
+  the defaults are what the field uses for transformers of this kind.
+  """
+
+  # "muon" orthogonalises the updates of matrices and leaves the rest to Adam.
+  name: Literal["adamw", "muon"] = "adamw"
+  lr: float = 1e-4  # peak learning rate
+  muon_lr: float = 0.02  # of the matrices under muon, on the same schedule
+  schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up
+  warmup_steps: int = 0  # linear, from 0
+  end_factor: float = 0.0  # the schedule ends at lr * end_factor (cosine and linear)
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.0  # decoupled; for matrices only (not norms, biases, tables of vectors)
+  clip_norm: float = 1.0  # global norm of the gradient; 0 switches clipping off
+  clip_from: int = 0  # the first step whose gradient is clipped
+
+  def __post_init__(self):
+    for name in (
+      *("lr", "muon_lr", "warmup_steps", "end_factor", "eps", "weight_decay"),
+      *("clip_norm", "clip_from"),
+    ):
+      if getattr(self, name) < 0:
+        raise ConfigError(f"{name} is {getattr(self, name)}: it cannot be negative.")
+    for name in ("b1", "b2"):
+      if not 0 <= getattr(self, name) < 1:
+        raise ConfigError(f"{name} is {getattr(self, name)}: it must lie in [0, 1).")
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketConfig:
+  """How one bucket takes part in a stage."""
+
+  batch: int = 8  # examples in one global batch
+  weight: float = 1.0  # its share of the steps is weight / sum of weights
+
+
+@dataclasses.dataclass(frozen=True)
+class IngestStage:
+  """Renders Marbles if asked to, probes all media, and writes the index of good clips."""
+
+  kind: str = "ingest"
+  workers: int = 0  # 0: one for each core
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeStage:
+  """Turns media into cached latents, one ArrayRecord folder for each bucket."""
+
+  kind: str = "encode"
+  autoencoder: str = "autoencoder"  # the stage that trained it
+  text: StackConfig = StackConfig()  # frozen encoders of the captions; no names: no text features
+  buckets: tuple[str, ...] = ()
+  batch: int = 16
+  shard_examples: int = 512  # records of one file
+  # Latents are multiplied by it when they are read (Stable Diffusion's: 0.18215). None: each
+  # channel is brought to mean 0 and std 1.
+  latent_scale: float | None = None
+  # "moments": mean and log-variance of each latent; "sample": one draw from that normal.
+  keep: Literal["moments", "sample"] = "moments"
+  # What `python -m mgen_jax.encode` has written: taken as it is, if of the same autoencoder.
+  folder: str | None = None
+
+  def __post_init__(self):
+    if self.latent_scale is not None and self.latent_scale <= 0:
+      raise ConfigError(f"latent_scale is {self.latent_scale}: it must be more than 0.")
+    if self.folder is not None and self.latent_scale is not None:
+      raise ConfigError(
+        "latent_scale and folder are both set: the latents in a folder keep the scale that they "
+        "were written with, so give --latent_scale to the command that writes them."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStage:
+  """Trains a task for a number of steps."""
+
+  kind: str = "train"
+  task: Any = schema.one_of("name", lambda: tasks.CONFIGS)
+  steps: int = 1000
+  # By "b16x64x64": frames x height x width; the letter makes it a name that a flag can spell.
+  buckets: dict[str, BucketConfig] = dataclasses.field(default_factory=dict)
+  images_from_videos: bool = True  # frames of videos fill image buckets as well
+  latents: str | None = None  # the encode stage whose latents are read; None: media, decoded
+  posterior: Literal["mean", "sample"] = "mean"  # of the autoencoder's distribution of latents
+  init_from: str | None = None  # the stage whose averaged parameters this one starts from
+  init_weights: str | None = None  # or a safetensors file of others (Latte: DiT, PixArt, Latte)
+  optimizer: OptimizerConfig = OptimizerConfig()
+  # Of parts of the parameters that are optimized apart, by top-level name ("discriminator").
+  optimizers: dict[str, OptimizerConfig] = dataclasses.field(default_factory=dict)
+  ema_decay: float = 0.999
+  # Passes of batch / accumulate examples for each optimizer step; -1: as many as leave one example
+  # to each shard of the batch, whatever the number of devices (the least memory).
+  accumulate: int = 1
+  mesh: MeshConfig = MeshConfig()
+  log_every: int = 50
+  validate_every: int = 0  # steps; 0: never
+  validate_batches: int = 4  # for each bucket
+  checkpoint_every: int = 500
+  keep: int = 2  # checkpoints
+  threads: int = 4  # that read and decode, on each host
+  workers: int = 0  # processes that read and decode, on each host; 0: threads only
+
+  def __post_init__(self):
+    if self.accumulate < 1 and self.accumulate != -1:
+      raise ConfigError(f"accumulate is {self.accumulate}: it must be 1 or more, or -1.")
+    for name in ("steps", "log_every", "checkpoint_every", "keep", "threads"):
+      if getattr(self, name) < 1:
+        raise ConfigError(f"{name} is {getattr(self, name)}: it must be 1 or more.")
+    if not 0 <= self.ema_decay < 1:
+      raise ConfigError(f"ema_decay is {self.ema_decay}: it must lie in [0, 1).")
+
+  def passes(self, examples: int, shards: int) -> int:
+    """Passes over a batch of so many examples on so many shards of it."""
+    return examples // shards if self.accumulate == -1 else self.accumulate
+
+  def batches(self) -> dict[Bucket, BucketConfig]:
+    """The buckets, parsed, in a fixed order."""
+    return {parse_key(name): self.buckets[name] for name in sorted(self.buckets)}
+
+
+def parse_key(name: str) -> Bucket:
+  """The bucket of a key like "b16x64x64".
+
+  Raises:
+    UserError: it is not one.
+  """
+  if not name.startswith("b"):
+    raise ConfigError(f'its key must be "b" and frames x height x width: write "b{name}".')
+  return parse_bucket(name[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetsConfig:
+  """What a run is expected to reach; the report says whether it does. None: nothing expected."""
+
+  colour: float | None = None  # share of the judged samples that are right, at least
+  shape: float | None = None
+  direction: float | None = None
+  psnr: float | None = None  # dB of held-out clips, images and odd lengths, at least
+  seconds: float | None = None  # of all stages, at most
+  peak_memory_gib: float | None = None  # at most
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateStage:
+  """Samples held-out prompts, judges them, measures reconstruction, writes the report."""
+
+  kind: str = "evaluate"
+  generator: str = "t2v"  # the stage whose model is sampled
+  bucket: str = "16x64x64"  # shape of the samples
+  prompts: int = 96
+  batch: int = 32
+  clips: int = 48  # held-out clips for reconstruction
+  show: int = 24  # samples in the report
+  targets: TargetsConfig = TargetsConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructStage:
+  """Measures autoencoders on held-out clips, side by side."""
+
+  kind: str = "reconstruct"
+  autoencoders: tuple[str, ...] = ()  # the stages that trained them
+  buckets: tuple[str, ...] = ()
+  clips: int = 48  # held-out clips of each bucket, at most
+  batch: int = 8
+  lpips_weights: tuple[str, ...] = ()  # safetensors of VGG16 and LPIPS; none: LPIPS is left out
+
+
+STAGES = {
+  "ingest": IngestStage,
+  "train": TrainStage,
+  "encode": EncodeStage,
+  "evaluate": EvaluateStage,
+  "reconstruct": ReconstructStage,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """A recipe of stages over one set of data."""
+
+  name: str
+  seed: int = 0
+  recipe: tuple[str, ...] = ()  # the order of the stages (a ConfigDict sorts its keys)
+  data: DataConfig = DataConfig()
+  stages: dict[str, Any] = schema.one_of("kind", lambda: STAGES, each=True)
