@@ -2,7 +2,7 @@
 
 An experiment is written as a ConfigDict (so that flags can override any key) and read as frozen
 dataclasses (typed, hashable, no hidden defaults). This file is the machine between the two. Not
-here: which keys an experiment has (see `config.py` and the dataclass of each component).
+here: which keys an experiment has (see `config/` and the dataclass of each component).
 
 Field types understood: bool, int, float, str, `X | None`, `Literal[...]`, `tuple[...]`,
 `dict[str, X]`, dataclasses, and one of several dataclasses picked by the value of a key (`one_of`).

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from mgen_jax import config, reconstruct
+from mgen_jax import config, reconstruct, schema
 from mgen_jax.data import media
 from mgen_jax.errors import ConfigError, UserError
 from mgen_jax.models.tiling import TilingConfig
@@ -80,7 +80,7 @@ def test_a_film_comes_back_with_its_length_and_size(work, tmp_path):
 
 
 def test_a_stage_that_cannot_be_measured_is_refused(work):
-  plain = config.schema.to_plain(work.experiment)
+  plain = schema.to_plain(work.experiment)
   for wrong, words in (
     ({"autoencoders": ()}, "must name one or more"),
     ({"autoencoders": ("t2v",)}, "which trains text_to_video"),

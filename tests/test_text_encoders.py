@@ -14,7 +14,7 @@ import pytest
 from absl import flags
 
 from mgen_jax import config as config_lib
-from mgen_jax import convert, encode, ingest, sample, tasks
+from mgen_jax import convert, encode, ingest, sample, schema, tasks
 from mgen_jax.data import records
 from mgen_jax.data.buckets import parse_bucket
 from mgen_jax.data.marbles import world
@@ -224,7 +224,7 @@ def test_a_stage_that_reads_what_encode_does_not_write_is_refused(weights):
   values.stages.encode.text.lengths = (64, 11)
   with pytest.raises(ConfigError, match="differ in lengths"):
     config_lib.resolve(values)
-  values.stages.encode.text = config_lib.schema.to_config_dict(config_lib.StackConfig())
+  values.stages.encode.text = schema.to_config_dict(config_lib.StackConfig())
   with pytest.raises(ConfigError, match=r"makes none: .* or set .*online"):
     config_lib.resolve(values)
   values.stages.cached.task.text.online = True

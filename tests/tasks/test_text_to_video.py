@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mgen_jax import config as config_lib
-from mgen_jax import tasks
+from mgen_jax import schema, tasks
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.errors import ConfigError, UserError
 from mgen_jax.models.backbone import BackboneConfig
@@ -243,8 +243,8 @@ def test_text_of_both_kinds_survives_the_config_file():
   values = tiny.get_config()
   assert values.stages.t2v.task.text.kind == "bytes"  # the default needs no word
   made = config_lib.resolve(values)
-  assert config_lib.resolve(config_lib.schema.to_plain(made)) == made
+  assert config_lib.resolve(schema.to_plain(made)) == made
   task = {"name": "text_to_video", "text": {"kind": "features", "lengths": (7, 8, 9)}}
-  built = config_lib.schema.build(config_lib.TrainStage, {"kind": "train", "task": task})
+  built = schema.build(config_lib.TrainStage, {"kind": "train", "task": task})
   assert built.task.text == text_inputs.FeatureTextConfig(lengths=(7, 8, 9))
-  assert config_lib.schema.to_plain(built)["task"]["text"]["kind"] == "features"
+  assert schema.to_plain(built)["task"]["text"]["kind"] == "features"
