@@ -23,6 +23,7 @@ from mgen_jax.data.buckets import Bucket
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel import rules
 from mgen_jax.tasks.base import Task
+from mgen_jax.training import compiles, goodput, profile
 from mgen_jax.training import metrics as metrics_lib
 from mgen_jax.training import optimizer as optimizer_lib
 from mgen_jax.training import state as state_lib
@@ -93,6 +94,9 @@ def train(
   with contextlib.ExitStack() as stack:
     stack.enter_context(mesh_lib.use(mesh))
     stop = stack.enter_context(StopSignal())
+    account = stack.enter_context(goodput.Account())
+    ledger = stack.enter_context(goodput.Ledger(folder, account))
+    compilations = stack.enter_context(compiles.Compilations())
     checkpoints = stack.enter_context(Checkpoints(f"{folder}/checkpoints", keep=config.keep))
     optimizer, shapes, layout, train_step = make_program(task, config, mesh, seed)
     validate = step_lib.make_validation(task, seed=seed)
@@ -102,26 +106,45 @@ def train(
     # Restore.
     start, seconds_before = 0, 0.0
     if checkpoints.latest_step() is not None:
-      restored = checkpoints.restore(shapes, layout)
+      with account.spend("restore"):
+        restored = checkpoints.restore(shapes, layout)
       start, state = restored.step, restored.state
       seconds_before = restored.meta["seconds"]
       logging.info("stage %s continues from step %d of %d", name, start, config.steps)
     else:
-      initial = load_initial(shapes.params, layout.params) if load_initial else None
-      state = state_lib.initialise(task, optimizer, layout, seed, initial)
+      with account.spend("initialise"):
+        initial = load_initial(shapes.params, layout.params) if load_initial else None
+        state = state_lib.initialise(task, optimizer, layout, seed, initial)
+    ledger.resumed(start)
 
     rows_of = batch_shapes(task, stream.batch_sizes, mesh)
     batches = stack.enter_context(contextlib.closing(stream.open(start)))
     if start:
       _check_data(restored.data, batches, checkpoints.folder)
-    if start < config.steps:
-      train_step = step_lib.compile_for(
-        train_step, state_lib.with_layout(shapes, layout), rows_of, frozen
-      )
     metrics = stack.enter_context(
-      metrics_lib.Metrics(folder, name, steps=config.steps, start_step=start)
+      metrics_lib.Metrics(
+        folder, name, steps=config.steps, start_step=start, wandb_project=config.observe.wandb
+      )
     )
-    meter = Meter(task, metrics, checkpoints, name, config.log_every)
+    if start < config.steps:
+      with account.spend("compile"):
+        train_step = step_lib.compile_for(
+          train_step, state_lib.with_layout(shapes, layout), rows_of, frozen
+        )
+    meter = Meter(
+      task,
+      metrics,
+      checkpoints,
+      account,
+      ledger,
+      compilations,
+      stage=name,
+      log_every=config.log_every,
+      strict_compiles=config.observe.strict_compiles,
+    )
+    window = stack.enter_context(
+      profile.Window(folder, config.observe.profile_from, config.observe.profile_steps)
+    )
 
     # Evaluate if due -> save if due -> next batch -> step -> log the steps before.
     saved = start
@@ -129,26 +152,34 @@ def train(
       last = step == config.steps
       signum = stop.received(step, config.log_every)
       if step > start and _due(step, config.validate_every, last):
-        losses = [
-          validate(state.ema, _to_devices(rows, rows_of[bucket]), index, *extra)
-          for index, (bucket, rows) in enumerate(stream.validation())
-        ]
-        metrics.write(step, {"validation_loss": float(np.mean(jax.device_get(losses)))})
+        with meter.spending("validation"):
+          losses = [
+            validate(state.ema, _to_devices(rows, rows_of[bucket]), index, *extra)
+            for index, (bucket, rows) in enumerate(stream.validation())
+          ]
+          metrics.write(step, {"validation_loss": float(np.mean(jax.device_get(losses)))})
       if step > saved and (_due(step, config.checkpoint_every, last) or signum):
         meter.flush()  # stops here rather than save a state that went wrong
         data = {"step": step, "seed": seed, "fingerprint": batches.fingerprint}
         seconds = seconds_before + time.perf_counter() - began
-        checkpoints.save(step, state, data, {**meta, "seconds": seconds})
+        with meter.spending("save"):
+          checkpoints.save(step, state, data, {**meta, "seconds": seconds})
         saved = step
+      if signum or last:
+        with account.spend("save"):
+          checkpoints.wait()
       if signum:
-        checkpoints.wait()
         raise Interrupted(signum, name, step)
       if last:
         break
-      with meter.waiting():
+      window.before(step + 1)
+      with meter.spending("data"):
         bucket, rows = next(batches)
-      state, values = train_step[bucket](state, _to_devices(rows, rows_of[bucket]), *extra)
+        batch = _to_devices(rows, rows_of[bucket])
+      with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+        state, values = train_step[bucket](state, batch, *extra)
       meter.after(step + 1, bucket, stream.batch_sizes[bucket], values)
+      window.after(step + 1, values)
   return seconds_before + time.perf_counter() - began
 
 
