@@ -49,7 +49,7 @@ def refuse(stage: str, step: int, events: list[tuple[str, float]]) -> None:
   names = sorted({name for name, _ in events})
   shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
   raise RecompilationError(
-    f"stage {stage}: {shown} compiled again before step {step} ({len(events)} times, "
+    f"stage {stage}: {shown} compiled again around step {step} ({len(events)} times, "
     f"{sum(seconds for _, seconds in events):.1f} s), after the warm-up: give it arrays of one "
     f"shape, or set config.stages.{stage}.observe.strict_compiles=False."
   )
