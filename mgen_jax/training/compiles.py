@@ -16,10 +16,14 @@ class RecompilationError(UserError):
 
 
 class Compilations:
-  """Notes the compilations of this process while entered."""
+  """Notes the compilations of this process while entered.
+
+  Attributes:
+    events: (function, seconds) of each since `take` was called.
+  """
 
   def __init__(self):
-    self._events: list[tuple[str, float]] = []
+    self.events: list[tuple[str, float]] = []
 
   def __enter__(self) -> "Compilations":
     jax.monitoring.register_event_duration_secs_listener(self._note)
@@ -29,13 +33,13 @@ class Compilations:
     jax.monitoring.unregister_event_duration_listener(self._note)
 
   def take(self) -> list[tuple[str, float]]:
-    """(function, seconds) of each compilation since the last call."""
-    events, self._events = self._events, []
+    """The events since the last call."""
+    events, self.events = self.events, []
     return events
 
   def _note(self, event: str, seconds: float, **facts: str | int) -> None:
     if event == _EVENT:
-      self._events.append((str(facts.get("fun_name", "a function")), seconds))
+      self.events.append((str(facts.get("fun_name", "a function")), seconds))
 
 
 def refuse(stage: str, step: int, events: list[tuple[str, float]]) -> None:

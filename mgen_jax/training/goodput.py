@@ -257,9 +257,7 @@ def goodput(seconds: Mapping[str, float]) -> float:
 def describe(seconds: Mapping[str, float]) -> str:
   """One line for people: the goodput, and where the rest went, the largest share first."""
   wall = sum(seconds.values()) or 1.0
-  rest = sorted(
-    ((spent, kind) for kind, spent in seconds.items() if kind != "step"), reverse=True
-  )
+  rest = sorted(((spent, kind) for kind, spent in seconds.items() if kind != "step"), reverse=True)
   shares = [f"{kind} {spent / wall:.1%}" for spent, kind in rest if spent / wall >= 0.001]
   return f"goodput {goodput(seconds):.1%}" + (f" ({', '.join(shares)})" if shares else "")
 

@@ -23,7 +23,6 @@ from mgen_jax.data.buckets import Bucket
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel import rules
 from mgen_jax.tasks.base import Task
-from mgen_jax.training import compiles, goodput, profile
 from mgen_jax.training import metrics as metrics_lib
 from mgen_jax.training import optimizer as optimizer_lib
 from mgen_jax.training import state as state_lib
@@ -31,6 +30,7 @@ from mgen_jax.training import step as step_lib
 from mgen_jax.training.checkpoint import CheckpointError, Checkpoints
 from mgen_jax.training.interrupt import Interrupted, StopSignal
 from mgen_jax.training.meter import Meter
+from mgen_jax.training.observe import Observation
 
 Rows = tuple[Bucket, dict[str, np.ndarray]]  # a bucket and this host's rows of a batch
 
@@ -94,9 +94,7 @@ def train(
   with contextlib.ExitStack() as stack:
     stack.enter_context(mesh_lib.use(mesh))
     stop = stack.enter_context(StopSignal())
-    account = stack.enter_context(goodput.Account())
-    ledger = stack.enter_context(goodput.Ledger(folder, account))
-    compilations = stack.enter_context(compiles.Compilations())
+    observation = stack.enter_context(Observation(folder, name, config.observe))
     checkpoints = stack.enter_context(Checkpoints(f"{folder}/checkpoints", keep=config.keep))
     optimizer, shapes, layout, train_step = make_program(task, config, mesh, seed)
     validate = step_lib.make_validation(task, seed=seed)
@@ -106,16 +104,16 @@ def train(
     # Restore.
     start, seconds_before = 0, 0.0
     if checkpoints.latest_step() is not None:
-      with account.spend("restore"):
+      with observation.spend("restore"):
         restored = checkpoints.restore(shapes, layout)
       start, state = restored.step, restored.state
       seconds_before = restored.meta["seconds"]
       logging.info("stage %s continues from step %d of %d", name, start, config.steps)
     else:
-      with account.spend("initialise"):
+      with observation.spend("initialise"):
         initial = load_initial(shapes.params, layout.params) if load_initial else None
         state = state_lib.initialise(task, optimizer, layout, seed, initial)
-    ledger.resumed(start)
+    observation.resumed(start)
 
     rows_of = batch_shapes(task, stream.batch_sizes, mesh)
     batches = stack.enter_context(contextlib.closing(stream.open(start)))
@@ -127,24 +125,11 @@ def train(
       )
     )
     if start < config.steps:
-      with account.spend("compile"):
+      with observation.spend("compile"):
         train_step = step_lib.compile_for(
           train_step, state_lib.with_layout(shapes, layout), rows_of, frozen
         )
-    meter = Meter(
-      task,
-      metrics,
-      checkpoints,
-      account,
-      ledger,
-      compilations,
-      stage=name,
-      log_every=config.log_every,
-      strict_compiles=config.observe.strict_compiles,
-    )
-    window = stack.enter_context(
-      profile.Window(folder, config.observe.profile_from, config.observe.profile_steps)
-    )
+    meter = Meter(task, metrics, checkpoints, observation, name, config.log_every)
 
     # Evaluate if due -> save if due -> next batch -> step -> log the steps before.
     saved = start
@@ -152,7 +137,7 @@ def train(
       last = step == config.steps
       signum = stop.received(step, config.log_every)
       if step > start and _due(step, config.validate_every, last):
-        with meter.spending("validation"):
+        with observation.spend("validation"):
           losses = [
             validate(state.ema, _to_devices(rows, rows_of[bucket]), index, *extra)
             for index, (bucket, rows) in enumerate(stream.validation())
@@ -162,24 +147,22 @@ def train(
         meter.flush()  # stops here rather than save a state that went wrong
         data = {"step": step, "seed": seed, "fingerprint": batches.fingerprint}
         seconds = seconds_before + time.perf_counter() - began
-        with meter.spending("save"):
+        with observation.spend("save"):
           checkpoints.save(step, state, data, {**meta, "seconds": seconds})
         saved = step
       if signum or last:
-        with account.spend("save"):
+        with observation.spend("save"):
           checkpoints.wait()
       if signum:
         raise Interrupted(signum, name, step)
       if last:
         break
-      window.before(step + 1)
-      with meter.spending("data"):
+      with observation.spend("data"):
         bucket, rows = next(batches)
-        batch = _to_devices(rows, rows_of[bucket])
-      with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
-        state, values = train_step[bucket](state, batch, *extra)
+        rows = _to_devices(rows, rows_of[bucket])
+      with observation.step(step + 1):
+        state, values = train_step[bucket](state, rows, *extra)
       meter.after(step + 1, bucket, stream.batch_sizes[bucket], values)
-      window.after(step + 1, values)
   return seconds_before + time.perf_counter() - began
 
 

@@ -1,8 +1,6 @@
 """From the outputs of steps to log lines, one step late, so that the devices never wait for it."""
 
-import contextlib
 import time
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -11,9 +9,9 @@ from mgen_jax.data.buckets import Bucket
 from mgen_jax.errors import UserError
 from mgen_jax.parallel import hardware
 from mgen_jax.tasks.base import Task
-from mgen_jax.training import compiles, goodput
 from mgen_jax.training import metrics as metrics_lib
 from mgen_jax.training.checkpoint import Checkpoints
+from mgen_jax.training.observe import Observation
 
 Values = dict[str, jax.Array]
 
@@ -27,40 +25,22 @@ class NotFiniteError(UserError):
 
 
 class Meter:
-  """Gathers what happens between two log lines, and where the time of the run goes."""
+  """Gathers what happens between two log lines."""
 
   def __init__(
     self,
     task: Task,
     metrics: metrics_lib.Metrics,
     checkpoints: Checkpoints,
-    account: goodput.Account,
-    ledger: goodput.Ledger,
-    compilations: compiles.Compilations,
-    *,
+    observation: Observation,
     stage: str,
     log_every: int,
-    strict_compiles: bool = False,
   ):
     self._task, self._metrics, self._checkpoints = task, metrics, checkpoints
-    self._account, self._ledger, self._compilations = account, ledger, compilations
-    self._stage, self._log_every, self._strict = stage, log_every, strict_compiles
+    self._observation, self._stage, self._log_every = observation, stage, log_every
     self._interval = _Interval()
     self._due: _Interval | None = None  # complete, but its last steps may still be running
     self._written = time.perf_counter()  # when the last line was
-    self._before = account.totals()  # as of then
-    self._known: set[str] = set()  # what the loop has done at least once
-    self._warming_up = True
-
-  @contextlib.contextmanager
-  def spending(self, kind: str) -> Iterator[None]:
-    """Around what is no step (`goodput.KINDS`); its first time belongs to the warm-up."""
-    if kind not in self._known:
-      self._known.add(kind)
-      for interval in filter(None, (self._due, self._interval)):  # one is written after this
-        interval.first_time = True
-    with self._account.spend(kind):
-      yield
 
   def after(self, step: int, bucket: Bucket, examples: int, values: Values) -> None:
     """Step number `step` on a batch of `examples` is queued; `values` are its metrics to come.
@@ -69,7 +49,7 @@ class Meter:
       NotFiniteError: an earlier step's loss or gradient was not finite.
     """
     interval = self._interval
-    interval.number = self._account.queued(bucket.name, values)
+    interval.entry = self._observation.queued(step, bucket.name, values)
     interval.values.append(values)
     interval.examples += examples
     interval.tokens += examples * self._task.tokens(bucket)
@@ -96,10 +76,6 @@ class Meter:
     if self._due is None:
       return
     interval, self._due = self._due, None
-    with self._account.spend("other"):
-      self._write(interval)
-
-  def _write(self, interval: "_Interval") -> None:
     values = jax.device_get(interval.values)
     self._check(values[-1])
     now = time.perf_counter()
@@ -111,32 +87,11 @@ class Meter:
     line["examples_per_second"] = interval.examples / seconds
     line["tokens_per_second"] = interval.tokens / seconds
     line["mfu"] = interval.flops / seconds / (peak * jax.device_count()) if peak else None
-    totals = self._account.totals(interval.number)
-    line.update(self._times(totals))
-    line["goodput"] = self._ledger.write(totals)
+    line.update(self._observation.line(interval.entry))
     line["peak_memory_gib"] = metrics_lib.peak_memory_gib()
-    events = self._compilations.take()
-    line["compiles"] = len(events)
     self._metrics.write(interval.step, line)
-    if self._strict and not self._warming_up and not interval.first_time:
-      compiles.refuse(self._stage, interval.step, events)
-    self._warming_up = False
-    self._written, self._before = now, totals
-
-  def _times(self, totals: goodput.Totals) -> dict[str, float]:
-    """Of the interval that ends with these totals: the devices' share without data, and the seconds
-    of a step, over all and by bucket."""
-    before = self._before
-    wall = max(totals.wall - before.wall, 1e-6)
-    times = {"data_wait": (totals.seconds["data"] - before.seconds["data"]) / wall}
-    steps, spent = 0, 0.0
-    for bucket, (count, seconds) in sorted(totals.buckets.items()):
-      count_before, seconds_before = before.buckets.get(bucket, (0, 0.0))
-      if count > count_before:
-        mean = (seconds - seconds_before) / (count - count_before)
-        times[f"step_seconds/{bucket}"] = mean
-        steps, spent = steps + count - count_before, spent + seconds - seconds_before
-    return {"step_seconds": spent / max(steps, 1), **times}
+    self._observation.check(interval.step)
+    self._written = now
 
   def _check(self, values: dict[str, np.ndarray]) -> None:
     bad = int(values["nonfinite_step"])
@@ -155,9 +110,7 @@ class _Interval:
   """Sums since the last log line."""
 
   def __init__(self):
-    self.step = 0
-    self.number = 0  # of its last step in the account
-    self.first_time = False  # the loop did something that it had not done before
+    self.step = self.entry = 0
     self.values: list[Values] = []
     self.examples = self.tokens = 0
     self.flops = 0.0

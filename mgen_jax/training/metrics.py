@@ -161,8 +161,8 @@ def _start_wandb(folder: str, stage: str, project: str) -> Any:
     import wandb
   except ImportError as error:
     raise UserError(
-      f"config.stages.{stage}.observe.wandb is {project!r}, but wandb is not installed: pip install "
-      '-e ".[wandb]", or unset it.'
+      f"config.stages.{stage}.observe.wandb is {project!r}, but wandb is not installed: run "
+      'pip install -e ".[wandb]", or unset it.'
     ) from error
   identity = hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:16]
   run = wandb.init(project=project, name=stage, id=identity, resume="allow", dir=folder)

@@ -36,13 +36,12 @@ class Window:
       jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
       self._open = True
 
-  def after(self, step: int, outputs: Any) -> bool:
-    """It was queued. Returns whether the window was closed after it."""
+  def after(self, step: int, outputs: Any) -> None:
+    """It was queued."""
     if not self._open or step < self._last:
-      return False
+      return
     jax.block_until_ready(outputs)
     self._stop()
-    return True
 
   def _stop(self) -> None:
     jax.profiler.stop_trace()

@@ -108,5 +108,5 @@ def test_wandb_offline_keeps_its_files_in_the_stage(tmp_path, monkeypatch):
 
 def test_without_wandb_it_is_one_sentence(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it fails
-  with pytest.raises(UserError, match=r"wandb is not installed: pip install -e"):
+  with pytest.raises(UserError, match=r"wandb is not installed: run pip install -e"):
     toy.train(tmp_path, observe=ObserveConfig(wandb="films"))
