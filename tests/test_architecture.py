@@ -19,6 +19,7 @@ BELOW_TASKS = {
 BELOW_TRAINING = BELOW_TASKS | {"tasks", "config", "workdir"}
 LIBRARY = BELOW_TRAINING | {
   *("training", "coding", "planning", "evaluation", "cli", "compilation_cache"),
+  "distributed",
 }
 COMMANDS = {"main", "ingest", "plan", "encode", "sample", "evaluate", "reconstruct", "convert"}
 
@@ -42,6 +43,7 @@ MAY_IMPORT = {
   "evaluation": {"errors", "schema", "data", "models", "diffusion"},
   "cli": {"errors", "schema", "training"},
   "compilation_cache": {"errors"},
+  "distributed": {"errors"},
   **dict.fromkeys(COMMANDS, LIBRARY | COMMANDS),
 }
 
