@@ -22,6 +22,7 @@ LIBRARY = BELOW_TRAINING | {
   "distributed",
 }
 COMMANDS = {"main", "ingest", "plan", "encode", "sample", "evaluate", "reconstruct", "convert"}
+COMMANDS |= {"watch", "plot"}
 
 # Part of mgen_jax -> the other parts that it may import. A part may always import itself.
 MAY_IMPORT = {
