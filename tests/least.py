@@ -43,7 +43,9 @@ def get_config():
     },
     stages={
       "ingest": {"kind": "ingest", "workers": 1},
-      "autoencoder": {**train, "task": autoencoder},
+      "autoencoder": {
+        **train, "task": autoencoder, "buckets": {"b4x32x32": {"batch": 8}}, "steps": 2,
+      },
       "encode": {
         "kind": "encode", "buckets": ("1x32x32", "4x32x32"), "batch": 8, "shard_examples": 8,
       },
