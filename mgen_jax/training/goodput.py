@@ -28,6 +28,10 @@ FILE_NAME = "goodput.jsonl"
 # of them did after its last line).
 KINDS = ("step", "compile", "initialise", "restore", "data", "validation", "save", "other")
 
+# Seconds to wait for the thread. Whoever waits knows the step to be done, or the run ends with an
+# error: devices that wait for a lost host never answer, and must not keep the process.
+_PATIENCE = 10.0
+
 Span = tuple[str, float, float]  # kind, began, ended
 
 
@@ -96,7 +100,7 @@ class Account:
   def totals(self, number: int = 0) -> Totals:
     """The account, when the step of that number has been measured."""
     with self._changed:
-      self._changed.wait_for(lambda: self._measured >= number or self._ended)
+      self._changed.wait_for(lambda: self._measured >= number or self._ended, _PATIENCE)
       return Totals(dict(self._seconds), dict(self._buckets), self._measured)
 
   def close(self) -> Totals:
@@ -104,7 +108,7 @@ class Account:
     if not self._closed:
       self._closed = True
       self._queue.put(None)
-      self._thread.join()
+      self._thread.join(_PATIENCE)
       self._charge_until(time.perf_counter(), self._spans)
     return self.totals()
 

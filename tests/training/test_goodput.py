@@ -74,6 +74,16 @@ def test_a_fault_of_the_devices_does_not_block_the_account():
   account.close()
 
 
+def test_devices_that_never_answer_do_not_keep_the_process(monkeypatch):
+  monkeypatch.setattr(goodput, "_PATIENCE", 0.1)
+  account = goodput.Account()
+  stuck = Slow()
+  number = account.queued("a", stuck)
+  assert account.totals(number).steps == 0
+  assert account.close().steps == 0
+  stuck.ready.set()
+
+
 def lines_of(run, began, *points):
   """Ledger lines of a run: (step, step seconds, other seconds)."""
   return [
