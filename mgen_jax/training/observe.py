@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from absl import logging
 
 from mgen_jax.config import ObserveConfig
 from mgen_jax.training import compiles, goodput, profile
@@ -17,7 +18,7 @@ class Observation:
   """Of one run of a stage, in which the state may go back (`resumed`)."""
 
   def __init__(self, folder: str, stage: str, config: ObserveConfig):
-    self._stage, self._strict = stage, config.strict_compiles
+    self._folder, self._stage, self._strict = folder, stage, config.strict_compiles
     self._account = goodput.Account()
     self._ledger = goodput.Ledger(folder, self._account)
     self._compilations = compiles.Compilations()
@@ -34,6 +35,9 @@ class Observation:
 
   def __exit__(self, *unused) -> None:
     self._stack.close()
+    if jax.process_index() == 0:
+      spent = goodput.summarise(goodput.read(self._folder))
+      logging.info("stage %s: %s", self._stage, goodput.describe(spent))
 
   def resumed(self, step: int) -> None:
     """The state is that of a step, restored or new: all that was done after it is lost."""

@@ -251,3 +251,14 @@ def test_what_is_missing_is_one_sentence(command, words):
   done = shell(*command)
   assert done.returncode == 2 and words in done.stderr
   assert len(done.stderr.splitlines()) == 1 and not done.stdout
+
+
+def test_the_container_has_what_its_file_copies():
+  lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+  copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+  kept = (ROOT / ".dockerignore").read_text().splitlines()
+  for name in copied:
+    assert (ROOT / name).exists() and f"!{name}" in kept, name
+  assert [line.split()[1] for line in lines if line.startswith("FROM ")] == ["python:3.12-slim"]
+  (entry,) = (line for line in lines if line.startswith("ENTRYPOINT "))
+  assert os.access(ROOT / "launch" / "run.sh", os.X_OK) and '"launch/run.sh"' in entry
