@@ -21,8 +21,10 @@ LIBRARY = BELOW_TRAINING | {
   *("training", "coding", "planning", "evaluation", "cli", "compilation_cache"),
   "distributed",
 }
-COMMANDS = {"main", "ingest", "plan", "encode", "sample", "evaluate", "reconstruct", "convert"}
-COMMANDS |= {"watch", "plot"}
+COMMANDS = {
+  *("main", "ingest", "plan", "encode", "sample", "evaluate", "reconstruct", "convert"),
+  *("watch", "plot"),
+}
 
 # Part of mgen_jax -> the other parts that it may import. A part may always import itself.
 MAY_IMPORT = {
