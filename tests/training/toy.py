@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgen_jax.config import TrainStage
+from mgen_jax.data import pipeline
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.tasks.autoencoder import AutoencoderTaskConfig
@@ -35,12 +36,15 @@ class ToyTask:
   def loss(self, params, batch, keys):
     noise = jax.vmap(lambda key: jax.random.normal(key, (8,)))(keys)
     error = (batch["x"] + 0.1 * noise) @ params["w"] + params["b"] - batch["y"]
-    return jnp.square(error).mean(), {"bias": params["b"].mean()}
+    # Which examples the batch has, and in which order: whole numbers, exact in any order of sums.
+    seen = jnp.sum(batch["id"] * (1 + jnp.arange(batch["id"].size)))
+    return jnp.square(error).mean(), {"bias": params["b"].mean(), "seen": seen}
 
   def batch_spec(self, bucket, examples):
     return {
       "x": ArraySpec((examples, 8), np.float32, ("batch", None)),
       "y": ArraySpec((examples, 16), np.float32, ("batch", None)),
+      "id": ArraySpec((examples,), np.float32, ("batch",)),
     }
 
   def flops(self, bucket):
@@ -57,7 +61,8 @@ def batch_at(step, poison=()):
   target = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
   if step in poison:
     x[3, 2] = np.nan
-  return BUCKETS[step % 2], {"x": x, "y": (x @ target).astype(np.float32)}
+  ids = (step * BATCH + np.arange(BATCH, dtype=np.float32)) % 97
+  return BUCKETS[step % 2], {"x": x, "y": (x @ target).astype(np.float32), "id": ids}
 
 
 class Batches:
@@ -76,6 +81,9 @@ class Batches:
     self.step += 1
     return batch_at(self.step - 1, self.poison)
 
+  def examples_at(self, step):
+    return BUCKETS[step % 2], [f"example {step}-{row}" for row in range(BATCH)]
+
   def close(self):
     pass
 
@@ -89,6 +97,55 @@ def stream(**options):
 
   sizes = dict.fromkeys(BUCKETS, BATCH)
   return loop.Stream(sizes, lambda step: Batches(step, **options), validation)
+
+
+class Examples:
+  """A source of the pipeline: the same regression, with a random draw in each example."""
+
+  def __init__(self, count):
+    self.count, self.digest = count, f"toy {count}"
+
+  def __len__(self):
+    return self.count
+
+  def name(self, index):
+    return f"number {index} of {self.count}"
+
+  def example(self, index, rng):
+    x = np.random.default_rng(index).normal(size=8) + 0.1 * (rng.random() if rng else 0.5)
+    target = np.random.default_rng(0).normal(size=(8, 16))
+    made = {"x": x, "y": x @ target, "id": np.asarray(index)}
+    return {name: value.astype(np.float32) for name, value in made.items()}
+
+
+def mixed_stream(workers=0, on_batch=None):
+  """A loop.Stream of the real pipeline: two buckets in unequal shares, this host's rows.
+
+  Args:
+    workers: of Grain.
+    on_batch: called with the number of each batch before it is handed out.
+  """
+
+  class Hooked(pipeline.Stream):
+    def __next__(self):
+      if on_batch is not None:
+        on_batch(self.step)
+      return super().__next__()
+
+  def start(step):
+    stream = pipeline.make_stream(
+      {BUCKETS[0]: Examples(50), BUCKETS[1]: Examples(90)},
+      batch_sizes=dict.fromkeys(BUCKETS, BATCH),
+      seed=3,
+      start_step=step,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      workers=workers,
+    )
+    stream.__class__ = Hooked
+    return stream
+
+  return loop.Stream(dict.fromkeys(BUCKETS, BATCH), start, lambda: iter(()))
 
 
 def stage(**values):
