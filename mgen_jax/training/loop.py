@@ -110,19 +110,20 @@ def train(
         Checkpoints(f"{folder}/checkpoints", keep=config.keep, fall_back=config.fall_back)
       ),
     )
-    beyond = None  # the batch that a roll-back goes past
+    beyond = None  # of a roll-back: the batch that it goes past, and how many there were by then
     while True:
       state, at, fingerprint = run.restore(load_initial)
       if beyond is not None:
-        at = at.past(beyond)
+        at = at.past(*beyond)
       with contextlib.closing(stream.open(at.batch)) as batches:
         if fingerprint is not None:
           _check_data(fingerprint, batches, run.checkpoints.folder)
         try:
           return run.steps(state, at, batches)
         except RollBack as bad:
-          beyond, target = at.batch + bad.step - 1 - at.step, bad.step - 1 - config.guard.back
-          logging.warning("%s: the stage goes back, and on after batch %d", bad, beyond)
+          beyond = at.batch + bad.step - 1 - at.step, at.roll_backs + 1
+          target = bad.step - 1 - config.guard.back
+          logging.warning("%s: goes back, and on after batch %d", bad, beyond[0])
       del state
       run.checkpoints.go_back(target)
 
@@ -139,9 +140,9 @@ class Progress(NamedTuple):
     """The number of the batch that comes next."""
     return self.step + self.passed_over
 
-  def past(self, batch: int) -> "Progress":
+  def past(self, batch: int, roll_backs: int) -> "Progress":
     """The same step, with the data after a batch."""
-    return self._replace(passed_over=batch + 1 - self.step, roll_backs=self.roll_backs + 1)
+    return Progress(self.step, batch + 1 - self.step, roll_backs)
 
 
 @dataclasses.dataclass

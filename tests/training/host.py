@@ -6,6 +6,7 @@ It ends like every command does: see `cli.py` for the exit codes.
 """
 
 import os
+import time
 
 import jax
 from absl import flags
@@ -15,6 +16,7 @@ from mgen_jax.parallel import mesh as mesh_lib
 
 FOLDER = flags.DEFINE_string("folder", None, "Of the run.", required=True)
 STEPS = flags.DEFINE_integer("steps", 24, "In all.")
+EVERY = flags.DEFINE_integer("every", 8, "Steps between checkpoints.")
 PROCESSES = flags.DEFINE_integer("processes", 1, "How many.")
 INDEX = flags.DEFINE_integer("index", 0, "Which of them this is.")
 PORT = flags.DEFINE_integer("port", None, "Of process 0.")
@@ -34,7 +36,7 @@ def main(argv):
   def on_batch(number):
     if number == AT.value:
       while PREPARED.value and not os.path.exists(PREPARED.value):
-        pass
+        time.sleep(0.01)
       os.kill(os.getpid(), SIGNAL.value)
 
   toy.train(
@@ -43,6 +45,7 @@ def main(argv):
     data=toy.mixed_stream(WORKERS.value, on_batch=on_batch),
     mesh=mesh_lib.MeshConfig(fsdp=jax.device_count()),
     steps=STEPS.value,
+    checkpoint_every=EVERY.value,
   )
 
 
