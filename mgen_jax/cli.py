@@ -6,6 +6,7 @@ Anything else is a bug and keeps its traceback.
 """
 
 import difflib
+import errno
 import logging as std_logging
 import os
 import re
@@ -20,6 +21,8 @@ from mgen_jax.errors import ConfigError, UserError
 from mgen_jax.training.interrupt import Interrupted, lost_process
 
 LOST_PROCESS = 75  # what sysexits.h calls a temporary failure
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -37,6 +40,14 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     except Interrupted as error:
       _say(f"{error}; everything is saved, and the same command continues.")
       return 128 + error.signum
+    except OSError as error:
+      if error.errno not in _FULL:
+        raise
+      _say(
+        f"{error.filename or 'a file'} could not be written ({error.strerror}): make room on that "
+        "disk and run the same command again."
+      )
+      return _leave(2)
     except Exception as error:
       if not jax.distributed.is_initialized():
         raise
