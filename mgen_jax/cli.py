@@ -30,6 +30,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
   def guarded(argv: Sequence[str]) -> int:
     _set_up_logging()
+    # Else JAX's own handler swallows SIGTERM in a run of several processes (`StopSignal` is ours).
+    jax.config.update("jax_enable_preemption_service", False)
     try:
       if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag: flags are written --name=value (see --help).")

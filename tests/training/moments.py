@@ -1,4 +1,4 @@
-"""Moments of a run at which it may be killed, and runs of several processes: for tests of resume."""
+"""Moments at which a run may be killed, and runs of several processes: for tests of resume."""
 
 import os
 import socket
