@@ -19,6 +19,7 @@ import dataclasses
 import itertools
 import runpy
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -207,7 +208,11 @@ def main(argv: list[str] | None = None) -> common.Row:
   with tempfile.TemporaryDirectory(prefix="mgen_jax-cache-") as folder:
     compilation_cache.enable(folder)  # each start of the loop compiles what the first one did
     stage = open_stage(args.config, args.stage, args.workdir)
-    found = list(rounds_of(stage, args.steps, args.log_every, args.rounds))
+    found = []
+    for row in rounds_of(stage, args.steps, args.log_every, args.rounds):
+      found.append(row)
+      seconds = ", ".join(f"{name} {spent:.2f} s" for name, spent in row.items())
+      print(f"round {len(found)} of {args.rounds}: {seconds}", file=sys.stderr, flush=True)
   rows = []
   for number, row in enumerate(found, 1):
     rows.append({"round": str(number), **_compared(row, args.steps)})

@@ -15,7 +15,7 @@ def get_config():
     "model": {
       "channels": 8, "multipliers": (1,), "res_blocks": 1, "decoder_res_blocks": 1, "norm": "rms",
       "latent_channels": 4, "space_down": (), "time_down": (), "mid_attention": False,
-      "patch": (4, 8, 8), "kernel": 1, "temporal_kernel": 1, "conv_method": "matmul",
+      "patch": (4, 8, 8), "kernel": 1, "temporal": False, "conv_method": "matmul",
     },
   }  # fmt: skip
   generator = {
