@@ -37,7 +37,7 @@ class StageView:
 
   name: str
   kind: str
-  state: str  # "done", "running", "waiting"; "quiet" where nothing was written for a while
+  state: str  # "done", "running", "waiting"; "quiet": trains, and has written nothing for a while
   seconds: float | None = None  # that it took, if it is done
   steps: int = 0  # of a train stage
   step: int = 0
@@ -75,6 +75,8 @@ def _look_at(work: Workdir, name: str, now: float, quiet_after: float) -> StageV
     return dataclasses.replace(view, state="done", seconds=done["seconds"])
   if not folder.exists():
     return view
+  if not isinstance(config, config_lib.TrainStage):  # others write below, and no log
+    return dataclasses.replace(view, state="running")
   written = [path.stat().st_mtime for path in folder.iterdir()] or [folder.stat().st_mtime]
   silent = max(0.0, now - max(written))
   state = "running" if silent < quiet_after else "quiet"
