@@ -5,8 +5,10 @@ told in `cli.py`.
 """
 
 import collections
+import functools
 import re
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 import jax
@@ -60,9 +62,9 @@ class StopSignal:
     if jax.process_count() == 1:
       return self._signum
     sharding = jax.sharding.NamedSharding(mesh, jax.P(mesh.axis_names))
-    mine = np.full((jax.local_device_count(),), self._signum, np.int32)
-    all_signals = jax.make_array_from_process_local_data(sharding, mine, (jax.device_count(),))
-    self._told.append(jax.jit(jnp.max, out_shardings=rules.replicated(mesh))(all_signals))
+    mine = np.full(len(mesh.local_devices), self._signum, np.int32)
+    told = jax.make_array_from_process_local_data(sharding, mine, (mesh.size,))
+    self._told.append(_largest(mesh)(told))
     return int(self._told.popleft()) if len(self._told) > _DELAY else 0
 
   def _note(self, signum: int, frame: FrameType | None) -> None:
@@ -70,6 +72,12 @@ class StopSignal:
     logging.warning("%s: saving, then stopping", signal.Signals(signum).name)
     self._signum = signum
     signal.signal(signum, signal.SIG_DFL)
+
+
+@functools.lru_cache
+def _largest(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
+  """The largest number of an array that is split over all devices, on each of them."""
+  return jax.jit(jnp.max, out_shardings=rules.replicated(mesh))
 
 
 def lost_process(error: BaseException | None) -> bool:
