@@ -131,6 +131,7 @@ class Checkpoints:
       meta=ocp.args.JsonSave(meta),
     )
     self._pending = step
+    self._verified.discard(step)
     try:
       self._manager.save(step, args=args, force=True)
     except Exception as error:

@@ -53,11 +53,11 @@ class StopSignal:
     for signum, handler in self._before.items():
       signal.signal(signum, handler)
 
-  def received(self, mesh: jax.sharding.Mesh) -> int:
+  def received(self, mesh: jax.sharding.Mesh, last: bool) -> int:
     """The signal that asks to stop before this step; 0 for none. To be called before every step.
 
     A signal may have reached only some of several processes, and all must save at the same step:
-    each tells the others in every step, and all act on it two steps later.
+    each tells the others in every step, and all act on it two steps later, or at the `last` one.
     """
     if jax.process_count() == 1:
       return self._signum
@@ -65,6 +65,8 @@ class StopSignal:
     mine = np.full(len(mesh.local_devices), self._signum, np.int32)
     told = jax.make_array_from_process_local_data(sharding, mine, (mesh.size,))
     self._told.append(_largest(mesh)(told))
+    if last:
+      return max(map(int, self._told))
     return int(self._told.popleft()) if len(self._told) > _DELAY else 0
 
   def _note(self, signum: int, frame: FrameType | None) -> None:

@@ -211,7 +211,7 @@ class _Run:
 
       for step in range(at.step, config.steps + 1):
         last = step == config.steps
-        signum = self.stop.received(self.mesh)
+        signum = self.stop.received(self.mesh, last)
         if step > at.step and _due(step, config.validate_every, last):
           losses = [
             self.validate(state.ema, _to_devices(rows, self.rows_of[bucket]), index, *self.frozen)
