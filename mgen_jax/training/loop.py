@@ -224,7 +224,7 @@ class _Run:
 
       for step in range(at.step, config.steps + 1):
         last = step == config.steps
-        signum = self.stop.received(self.mesh)
+        signum = self.stop.received(self.mesh, last)
         if step > at.step and _due(step, config.validate_every, last):
           with self.observation.spend("validation"):
             losses = [

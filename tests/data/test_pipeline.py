@@ -92,7 +92,7 @@ def test_a_stream_resumes_on_another_number_of_hosts(sources):
 
 
 def test_the_examples_of_a_batch_can_be_named_without_reading_it(sources):
-  with make_stream(sources, batch_sizes=SIZES, seed=1) as stream:
+  with make_stream(sources, batch_sizes=BATCHES, seed=1) as stream:
     for step in range(12):
       bucket, names = stream.examples_at(step)
       drawn, batch = next(stream)
