@@ -36,6 +36,7 @@ from rich import console, progress
 from mgen_jax import cli, schema
 from mgen_jax import config as config_lib
 from mgen_jax.data import files, ingest, pipeline, records
+from mgen_jax.data import sources as sources_lib
 from mgen_jax.data.buckets import Bucket, parse_bucket
 from mgen_jax.encoders import Prompt, TextStack
 from mgen_jax.errors import UserError
@@ -77,7 +78,7 @@ def run(work: Workdir, name: str, coder: Workdir | None = None) -> None:
   buckets = [parse_bucket(text) for text in stage.buckets]
   jobs = []
   for split in ("train", "held_out"):
-    sources, groups = pipeline.media_sources(
+    sources, groups = sources_lib.media_sources(
       index, buckets, split=split, images_from_videos=True, fps=data.fps, max_crop=data.max_crop
     )
     if split == "train":
@@ -170,14 +171,14 @@ def _adopt(work: Workdir, name: str, digest: str) -> None:
   work.finish(name, 0.0, examples=examples, autoencoder=digest)
 
 
-def _count(source: pipeline.MediaSource, size: int) -> int:
+def _count(source: sources_lib.MediaSource, size: int) -> int:
   return math.ceil(len(source) / size)
 
 
-def _shards(source: pipeline.MediaSource, size: int) -> list[pipeline.MediaSource]:
+def _shards(source: sources_lib.MediaSource, size: int) -> list[sources_lib.MediaSource]:
   """The clips of a source in parts of `size`, each a source."""
   return [
-    pipeline.MediaSource(
+    sources_lib.MediaSource(
       source.folder, source.clips[start : start + size], source.bucket, fps=source.fps
     )
     for start in range(0, len(source), size)
@@ -186,7 +187,7 @@ def _shards(source: pipeline.MediaSource, size: int) -> list[pipeline.MediaSourc
 
 def _write_shard(
   path: Path,
-  source: pipeline.MediaSource,
+  source: sources_lib.MediaSource,
   stage: config_lib.EncodeStage,
   encode: Encoder,
   embed: Embedder,

@@ -11,6 +11,7 @@ from absl import logging
 from mgen_jax import config as config_lib
 from mgen_jax.config import TrainStage
 from mgen_jax.data import ingest, pipeline, records
+from mgen_jax.data import sources as sources_lib
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.errors import UserError
 from mgen_jax.tasks.base import JointTask, Task
@@ -118,7 +119,7 @@ def _media_sources(work: Workdir, stage: TrainStage) -> tuple[dict, dict]:
   index = ingest.load(work.folder(config_lib.ingest_of(work.experiment)))
   both = []
   for split in ("train", "held_out"):
-    sources, groups = pipeline.media_sources(
+    sources, groups = sources_lib.media_sources(
       index,
       list(stage.batches()),
       split=split,
@@ -139,10 +140,10 @@ def _latent_sources(
   both = []
   for split in ("train", "held_out"):
 
-    def read(bucket: Bucket, split: str = split) -> pipeline.Source:
+    def read(bucket: Bucket, split: str = split) -> sources_lib.Source:
       source = records.open_records(work.latents(stage.latents) / split / bucket.name)
       check_autoencoder(source.settings, statistics, str(source.folder))
-      return pipeline.LatentSource(source)
+      return sources_lib.LatentSource(source)
 
     sources = {}
     for bucket in stage.batches():
@@ -150,13 +151,13 @@ def _latent_sources(
       images = task.images(bucket) if isinstance(task, JointTask) else 0
       if images and len(sources[bucket]):
         still = read(dataclasses.replace(bucket, frames=1))
-        sources[bucket] = pipeline.JointSource(sources[bucket], still, images)
+        sources[bucket] = sources_lib.JointSource(sources[bucket], still, images)
     both.append(sources)
   return both[0], both[1]
 
 
 def _with_examples(
-  name: str, stage: TrainStage, sources: Mapping[Bucket, pipeline.Source]
+  name: str, stage: TrainStage, sources: Mapping[Bucket, sources_lib.Source]
 ) -> dict[Bucket, config_lib.BucketConfig]:
   """The buckets that can be trained on; a user's videos need not fill all."""
   kept = {}

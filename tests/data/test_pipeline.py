@@ -12,14 +12,8 @@ import pytest
 
 from mgen_jax.data import ingest, media, records
 from mgen_jax.data.buckets import Bucket
-from mgen_jax.data.pipeline import (
-  LatentSource,
-  MediaSource,
-  make_ordered_stream,
-  make_stream,
-  media_sources,
-  window,
-)
+from mgen_jax.data.pipeline import make_ordered_stream, make_stream
+from mgen_jax.data.sources import LatentSource, MediaSource, media_sources, window
 from mgen_jax.errors import UserError
 
 A, B, C = Bucket(1, 64, 64), Bucket(16, 64, 64), Bucket(24, 48, 80)
@@ -375,7 +369,8 @@ def test_worker_processes_do_not_survive_a_killed_main_process(clips, tmp_path):
 import os, signal
 from mgen_jax.data import ingest
 from mgen_jax.data.buckets import Bucket
-from mgen_jax.data.pipeline import make_stream, media_sources
+from mgen_jax.data.pipeline import make_stream
+from mgen_jax.data.sources import media_sources
 
 if __name__ == "__main__":
   sources, _ = media_sources(ingest.load({str(tmp_path)!r}), [Bucket(16, 32, 32)], split="train")
