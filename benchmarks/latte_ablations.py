@@ -47,7 +47,7 @@ def real_clips(work: Workdir, bucket: Any, count: int) -> np.ndarray:
   """uint8 [count, T, H, W, 3] of the data, centre windows."""
   index = ingest.load(work.folder(config_lib.ingest_of(work.experiment)))
   sources, _ = sources_lib.media_sources(
-    index, [bucket], split="train", fps=work.experiment.data.fps
+    index, [bucket], split="train", fps=work.experiment.data.rate
   )
   source = sources[bucket]
   chosen = np.random.default_rng(0).choice(len(source), min(count, len(source)), replace=False)

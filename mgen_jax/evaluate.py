@@ -165,7 +165,7 @@ def _held_out_clips(
     index,
     [parse_bucket(text) for text in encode.buckets],
     split="held_out",
-    fps=data.fps,
+    fps=data.rate,
     max_crop=data.max_crop,
   )
   sources = {bucket: source for bucket, source in sources.items() if len(source)}
@@ -418,7 +418,7 @@ def _data(
   wanted = [parse_bucket(text) for text in encode.buckets]
   (train, groups), (held_out, _) = (
     sources_lib.media_sources(
-      index, wanted, split=split, images_from_videos=True, fps=data.fps, max_crop=data.max_crop
+      index, wanted, split=split, images_from_videos=True, fps=data.rate, max_crop=data.max_crop
     )
     for split in ("train", "held_out")
   )

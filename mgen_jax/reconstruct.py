@@ -79,7 +79,7 @@ def run(work: Workdir, name: str) -> None:
     buckets,
     split="held_out",
     images_from_videos=True,
-    fps=data.fps,
+    fps=data.rate,
     max_crop=data.max_crop,
   )
   perceive = None if not stage.lpips_weights else _lpips(stage.lpips_weights)

@@ -16,6 +16,7 @@ import hashlib
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -122,6 +123,7 @@ def make_stream(
   threads: int = 4,
   workers: int = 0,
   transform: Transform | None = None,
+  repeat: bool = False,
 ) -> Stream:
   """An endless stream of training batches that starts at any step.
 
@@ -141,9 +143,11 @@ def make_stream(
       `if __name__ == "__main__"`. The stream is the same for any number.
     transform: of an example, called with a generator that depends on the seed and on the position
       of the example only. None keeps the example as it is.
+    repeat: allow a bucket with fewer examples than its batch: batches then repeat them.
 
   Raises:
-    UserError: a bucket without examples, or whose batch does not divide by the hosts.
+    UserError: a bucket without examples or with less than a batch of them, or whose batch does not
+      divide by the hosts.
   """
   if weights is not None and (set(weights) != set(sources) or min(weights.values()) < 0):
     raise UserError(
@@ -161,6 +165,11 @@ def make_stream(
   for position, bucket in enumerate(buckets):
     size, length = batch_sizes[bucket], len(sources[bucket])
     if length < size:
+      if not repeat:
+        raise UserError(
+          f"bucket {bucket.name} has {length} examples for a batch of {size}: lower its batch to"
+          f" {length} or less, remove the bucket, or add clips of its length and shape."
+        )
       repeats = "Bucket %s has %d examples for a batch of %d: batches repeat them."
       logging.warning(repeats, bucket.name, length, size)
     bucket_seed = _hash32(seed, bucket.name)
@@ -306,6 +315,28 @@ class _Order(grain.transforms.DatasetSelectionMap):
     before, after = self.counts(step), self.counts(step + 1)
     bucket = next(i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b)
     return bucket, before[bucket]
+
+
+def check_shared_memory(batch_bytes: int, workers: int, folder: str = "/dev/shm") -> None:
+  """Refuses to start workers that would die of a full shared memory in the middle of a run.
+
+  Args:
+    batch_bytes: of the largest batch of this host.
+    workers: processes that hand batches over; 0 needs none.
+    folder: where the system keeps shared memory; one that has no such folder is not checked.
+
+  Raises:
+    UserError: two batches of each worker do not fit.
+  """
+  if not workers or not os.path.isdir(folder):
+    return
+  needed, free = 2 * workers * batch_bytes, shutil.disk_usage(folder).free
+  if needed > free:
+    raise UserError(
+      f"{workers} workers hand over batches of {batch_bytes / 2**20:,.0f} MiB through {folder}, of"
+      f" which {free / 2**20:,.0f} MiB are free and {needed / 2**20:,.0f} needed: enlarge it"
+      " (docker: --shm-size), or lower the batch or the number of workers."
+    )
 
 
 def _check(

@@ -4,7 +4,6 @@ What the streams of `pipeline` draw from. They are picklable and can be read fro
 Not here: which clip goes to which bucket (`buckets`), the order and the batches (`pipeline`).
 """
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -16,7 +15,7 @@ import numpy as np
 from absl import logging
 
 from mgen_jax.data import media
-from mgen_jax.data.buckets import Bucket, Groups, group
+from mgen_jax.data.buckets import Bucket, Groups, Rate, group, sampling_rate
 from mgen_jax.data.ingest import Clip, Index, Split
 from mgen_jax.data.records import RecordSource
 from mgen_jax.errors import UserError
@@ -55,17 +54,17 @@ class MediaSource:
   Args:
     folder: that the paths of `clips` are relative to.
     clips: that `buckets.assign` put into `bucket` with the same `fps`.
-    fps: frames per second to sample at; None: each clip's own.
+    fps: frames per second to sample at (`buckets.Rate`).
   """
 
   def __init__(
-    self, folder: Path | str, clips: Sequence[Clip], bucket: Bucket, *, fps: float | None = None
+    self, folder: Path | str, clips: Sequence[Clip], bucket: Bucket, *, fps: Rate = None
   ):
     self.folder = Path(folder)
     self.clips = tuple(clips)
     self.bucket = bucket
     self.fps = fps
-    content = [bucket.name, fps, [dataclasses.astuple(clip) for clip in self.clips]]
+    content = [bucket.name, fps, [clip.content() for clip in self.clips]]
     self.digest = sha256(content)
 
   def __len__(self) -> int:
@@ -89,25 +88,25 @@ class MediaSource:
     size = (bucket.height, bucket.width)
     start, fps = 0.0, 0.0
     if clip.kind == "image":
-      video = media.read_image(self.folder / clip.path, size)[None]
+      video = media.read_image(clip.open(self.folder), size)[None]
     else:
       start, duration = window(clip, bucket.frames, self.fps, place)
       fps = 0.0 if bucket.is_image else bucket.frames / duration
       video = media.read_video(
-        self.folder / clip.path, frames=bucket.frames, start=start, duration=duration, size=size
+        clip.open(self.folder), frames=bucket.frames, start=start, duration=duration, size=size
       )
     return {"video": video, "caption": clip.caption, "index": index, "start": start, "fps": fps}
 
 
-def window(clip: Clip, frames: int, fps: float | None, place: float) -> tuple[float, float]:
+def window(clip: Clip, frames: int, fps: Rate, place: float) -> tuple[float, float]:
   """(start, duration) in seconds of the window of `frames` frames at `place` in a clip.
 
   Args:
-    fps: frames per second to sample at; None: the clip's own.
+    fps: frames per second to sample at.
     place: in [0, 1): 0 the first window that fits, 0.5 the centre one, 1 the last. Windows start on
       a frame of the clip, so that at its own rate the frames come out one by one.
   """
-  duration = frames / (fps or clip.fps)
+  duration = frames / sampling_rate(clip.frames, clip.fps, frames, fps)
   places = max(0, math.floor(clip.frames - duration * clip.fps + 1e-6)) + 1
   return math.floor(place * places) / clip.fps, duration
 
@@ -118,7 +117,7 @@ def media_sources(
   *,
   split: Split,
   images_from_videos: bool = False,
-  fps: float | None = None,
+  fps: Rate = None,
   max_crop: float = 0.2,
 ) -> tuple[dict[Bucket, MediaSource], Groups]:
   """A MediaSource for every bucket (perhaps empty), and how the clips were shared out.

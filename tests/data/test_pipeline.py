@@ -3,6 +3,7 @@
 Most tests use sources of numbers; the ones that decode use small mp4 files.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from mgen_jax.data import ingest, media, records
 from mgen_jax.data.buckets import Bucket
-from mgen_jax.data.pipeline import make_ordered_stream, make_stream
+from mgen_jax.data.pipeline import check_shared_memory, make_ordered_stream, make_stream
 from mgen_jax.data.sources import LatentSource, MediaSource, media_sources, window
 from mgen_jax.errors import UserError
 
@@ -65,6 +66,34 @@ def test_the_hosts_batches_joined_are_the_batches_of_one_process(sources, hosts)
     for key in batch:
       joined = np.concatenate([share[step][1][key] for share in shares])
       np.testing.assert_array_equal(joined, batch[key])
+
+
+def test_hosts_agree_on_every_batch_and_restarts_on_every_step_of_ten_thousand():
+  """1, 2 and 4 hosts, and 300 restarts at random steps with another number of them."""
+  sources = {A: Numbers(60_000), B: Numbers(50_001), C: Numbers(64_000)}
+  options = {
+    "batch_sizes": {A: 8, B: 4, C: 4}, "weights": {A: 1.0, B: 2.5, C: 6.5}, "seed": 7, "threads": 0,
+  }  # fmt: skip
+
+  def drawn(host, hosts, steps=10_000, start=0):
+    with make_stream(
+      sources, process_index=host, process_count=hosts, start_step=start, **options
+    ) as stream:
+      return [
+        (bucket, batch["value"].tolist()) for bucket, batch in itertools.islice(stream, steps)
+      ]
+
+  alone = drawn(0, 1)
+  assert len({bucket for bucket, _ in alone}) == 3
+  for hosts in (2, 4):
+    shares = [drawn(host, hosts) for host in range(hosts)]
+    for (bucket, values), *parts in zip(alone, *shares, strict=True):
+      assert {part[0] for part in parts} == {bucket}
+      assert [value for part in parts for value in part[1]] == values
+  for start in np.random.default_rng(0).integers(10_000, size=300):
+    hosts = (1, 2, 4)[start % 3]
+    ((bucket, values),) = drawn(hosts - 1, hosts, 1, start=int(start))
+    assert (bucket, values) == (alone[start][0], alone[start][1][-len(values) :])
 
 
 @pytest.mark.parametrize("start", [1, 13, 40])
@@ -146,9 +175,11 @@ def test_a_weight_of_zero_leaves_a_bucket_out(sources):
   assert {bucket for bucket, _ in batches} == {B, C}
 
 
-def test_a_bucket_smaller_than_its_batch_repeats_with_a_warning(caplog):
+def test_a_bucket_smaller_than_its_batch_is_refused_unless_it_may_repeat(caplog):
+  with pytest.raises(UserError, match=r"16x64x64 has 3 examples for a batch of 8: lower .* to 3"):
+    draw({B: Numbers(3)}, 1)
   with caplog.at_level("WARNING"):
-    ((_, batch),) = draw({B: Numbers(3)}, 1)
+    ((_, batch),) = draw({B: Numbers(3)}, 1, repeat=True)
   assert "16x64x64 has 3 examples for a batch of 8" in caplog.text
   assert sorted(batch["value"][:3]) == sorted(batch["value"][3:6]) == [0, 1, 2]
 
@@ -278,8 +309,9 @@ def clips(tmp_path_factory):
     write_clip(folder / f"square{i}.mp4", 16 + 2 * i, 8.0)
   for i in range(5):
     write_clip(folder / f"wide{i}.mp4", 30, 12.0, 72, 120)
-  media.write_image(folder / "picture.png", np.full((96, 96, 3), 44, np.uint8))
-  (folder / "picture.txt").write_text("picture")
+  for i in range(4):
+    media.write_image(folder / f"picture{i}.png", np.full((96, 96, 3), 44, np.uint8))
+    (folder / f"picture{i}.txt").write_text("picture")
   return ingest.scan(folder, held_out=0.0)
 
 
@@ -347,11 +379,30 @@ def test_a_window_never_leaves_its_clip(clips, place, frames, fps):
   assert start + duration <= clip.frames / clip.fps + 1e-9
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_a_stream_resumed_with_worker_processes_is_the_uninterrupted_one(clips, workers):
+@pytest.mark.parametrize(("workers", "host"), [(2, 0), (3, 1)])
+def test_a_stream_resumed_with_worker_processes_is_the_uninterrupted_one(clips, workers, host):
+  """On another number of hosts, too: two in place of one."""
   sources, _ = media_sources(clips, list(SMALL), split="train")
-  alone = draw(sources, 12, batch_sizes=SMALL)
-  assert_same(draw(sources, 7, batch_sizes=SMALL, workers=workers, start_step=5), alone[5:])
+  alone = draw(sources, 12, batch_sizes=SMALL)[5:]
+  half = [(b, {k: np.split(a, 2)[host] for k, a in batch.items()}) for b, batch in alone]
+  resumed = draw(
+    sources,
+    7,
+    batch_sizes=SMALL,
+    workers=workers,
+    start_step=5,
+    process_index=host,
+    process_count=2,
+  )
+  assert_same(resumed, half)
+
+
+def test_workers_that_would_fill_the_shared_memory_are_refused(tmp_path):
+  check_shared_memory(2**60, 0, str(tmp_path))
+  check_shared_memory(1, 2, str(tmp_path))
+  check_shared_memory(2**60, 2, str(tmp_path / "there is none"))
+  with pytest.raises(UserError, match="--shm-size"):
+    check_shared_memory(2**60, 2, str(tmp_path))
 
 
 def test_a_fault_in_a_worker_process_reaches_the_main_one_as_it_is(clips, tmp_path):
