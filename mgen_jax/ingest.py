@@ -1,7 +1,8 @@
 """The ingest stage: videos on disk -> an index of the good ones, with captions.
 
 Where no folder is given, Marbles are rendered into WORKDIR/videos first, as real files, and then
-take the same path; clips that tables hold as bytes are unpacked there. Not here: how files are probed (`data/ingest.py`), curation (`data_pipelines`).
+take the same path; clips that tables hold as bytes are unpacked there. Not here: how files are
+probed (`data/ingest.py`), curation (`data_pipelines`).
 """
 
 import os

@@ -83,17 +83,20 @@ class MediaSource:
       f"{attempt + 1} clips in a row of {self.folder} cannot be read; the last says: {damage}"
     ) from damage
 
+  def _open(self, clip: Clip) -> Path | media.NamedBytes:
+    return clip.open(self.folder)
+
   def _read(self, index: int, place: float) -> Example:
     clip, bucket = self.clips[index], self.bucket
     size = (bucket.height, bucket.width)
     start, fps = 0.0, 0.0
     if clip.kind == "image":
-      video = media.read_image(clip.open(self.folder), size)[None]
+      video = media.read_image(self._open(clip), size)[None]
     else:
       start, duration = window(clip, bucket.frames, self.fps, place)
       fps = 0.0 if bucket.is_image else bucket.frames / duration
       video = media.read_video(
-        clip.open(self.folder), frames=bucket.frames, start=start, duration=duration, size=size
+        self._open(clip), frames=bucket.frames, start=start, duration=duration, size=size
       )
     return {"video": video, "caption": clip.caption, "index": index, "start": start, "fps": fps}
 
