@@ -1,7 +1,7 @@
 """A curated set of clips as a TensorFlow Datasets data set and back, without TensorFlow.
 
-  python -m data_pipelines.datasets.clips --source=DIR --out=data/tfds           # export
-  python -m data_pipelines.datasets.clips --source=data/tfds --out=DIR --back    # media again
+  python -m data_pipelines.datasets --name=clips --source=DIR --out=data/tfds
+  python -m data_pipelines.datasets --name=clips --source=data/tfds --out=DIR --back
 
 DIR is what an experiment's `data.videos` takes: a folder, tars or tables with captions, or a folder
 with an index.jsonl. An example is one file, unchanged, with what the index knows of it; "train" and
@@ -16,9 +16,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import flags
 
-from mgen_jax import cli
 from mgen_jax.data import ingest, media
 from mgen_jax.data.buckets import Bucket, Groups, Rate, group
 from mgen_jax.data.files import write_text_atomic
@@ -198,25 +196,3 @@ def _read_all(folder: Path, split: ingest.Split) -> list[ingest.Clip]:
     facts |= {name: dtype(example[name]).item() for name, dtype in _NUMBERS.items()}
     clips.append(ingest.Clip(**facts, split=split, offset=number))
   return sorted(clips, key=lambda clip: clip.path)
-
-
-def main(argv: Sequence[str]) -> None:
-  """Exports, or writes back, and says where."""
-  del argv
-  values = flags.FLAGS
-  for name in ("source", "out"):
-    if values[name].value is None:
-      raise UserError(f"--{name} is missing (see --help).")
-  if values.back:
-    print(f"{restore(values.source, values.out)} clips: {values.out}")
-  else:
-    print(export(values.source, values.out, held_out=values.held_out, seed=values.seed))
-
-
-if __name__ == "__main__":
-  flags.DEFINE_string("source", None, "Folder of media with captions; with --back: a data set.")
-  flags.DEFINE_string("out", None, "Folder to write to.")
-  flags.DEFINE_bool("back", False, "From a data set to a folder of media with captions.jsonl.")
-  flags.DEFINE_float("held_out", 0.05, "Share of the clips for validation.", 0.0)
-  flags.DEFINE_integer("seed", 0, "Of the split.")
-  cli.run(main)

@@ -15,6 +15,7 @@ from mgen_jax.data import ingest, media, records
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.data.pipeline import check_shared_memory, make_ordered_stream, make_stream
 from mgen_jax.data.sources import LatentSource, MediaSource, media_sources, window
+from mgen_jax.encoders.prompts import Prompt, compose
 from mgen_jax.errors import UserError
 
 A, B, C = Bucket(1, 64, 64), Bucket(16, 64, 64), Bucket(24, 48, 80)
@@ -358,6 +359,26 @@ def test_a_rate_that_is_asked_for_is_the_rate_of_the_frames(clips):
       stride = 2 if caption.startswith("square") else 3
       assert set(np.diff(frame_numbers(video))) == {stride}
     assert set(batch["fps"]) == {4.0}
+
+
+def test_a_range_of_rates_takes_whole_clips_and_the_text_says_the_rate(clips):
+  """Movie Gen 3.4: a clip is sampled to N frames, and its rate stands before the prompt."""
+  bucket = Bucket(12, 24, 40)
+  sources, _ = media_sources(clips, [bucket], split="train", fps=(3.0, 8.0))
+  assert len(sources[bucket]) == 5
+  for _, batch in draw(sources, 2, batch_sizes={bucket: 5}):
+    for video, start, fps in zip(batch["video"], batch["start"], batch["fps"], strict=True):
+      assert (start, fps) == (0.0, pytest.approx(12 / 2.5))  # 30 frames at 12 a second
+      assert frame_numbers(video).tolist() == [int((j + 0.5) * 2.5) for j in range(12)]
+      assert compose(Prompt("a ball", fps), fps_prefix=True) == "FPS-5 a ball"
+  # Too long for the lowest rate: a window of 12 / 6 s, anywhere.
+  sources, _ = media_sources(clips, [bucket], split="train", fps=(6.0, 8.0))
+  starts, rates = zip(
+    *((s, f) for _, b in draw(sources, 8, batch_sizes={bucket: 5})
+      for s, f in zip(b["start"], b["fps"], strict=True)), strict=True,
+  )  # fmt: skip
+  assert set(rates) == {6.0}
+  assert len(set(starts)) > 3 and max(starts) <= 0.5
 
 
 def test_images_drawn_from_videos_come_from_all_over_the_clip(clips):

@@ -184,4 +184,4 @@ def test_a_curated_set_is_exported_and_read_without_tensorflow(tmp_path):
   with pytest.raises(UserError, match="holds other clips"):
     clips.export(tmp_path / "videos", tmp_path / "tfds", held_out=0.3)
   with pytest.raises(UserError, match="no data set"):
-    clips.sources(tmp_path / "videos", buckets, split="train")
+    clips.sources(tmp_path / "videos", [Bucket(8, SIZE, SIZE)], split="train")
