@@ -135,10 +135,7 @@ def export(source: Path | str, out: Path | str, *, held_out: float = 0.05, seed:
     UserError: no usable clip, or a folder that holds another data set.
   """
   source, out = Path(source), Path(out)
-  if (source / ingest.INDEX_NAME).exists():
-    index = ingest.load(source)
-  else:
-    index = ingest.scan(source, seed=seed, held_out=held_out, unpack_to=out / "unpacked")
+  index = ingest.scan(source, seed=seed, held_out=held_out, unpack_to=out / "unpacked")
   folder = out / NAME / VERSION
   if (folder / ingest.INDEX_NAME).exists():
     if ingest.load(folder).summary["of"] != index.sha256:

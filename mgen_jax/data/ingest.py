@@ -158,7 +158,8 @@ def scan(
 
   A video is opened, its first frame decoded and its index compared with its size; an image is
   decoded. Hidden files are passed over, links to folders are not followed, and a link to a file
-  outside the folder is refused.
+  outside the folder is refused. A folder with an index.jsonl of its own is taken as that says, with
+  its split.
 
   Args:
     seed, held_out: the split. A clip is held out by the hash of (seed, its path), so it stays where
@@ -175,6 +176,8 @@ def scan(
   root = Path(folder)
   if not root.is_dir():
     raise UserError(f"the folder of videos {root} does not exist; give the path of a folder.")
+  if (root / INDEX_NAME).exists():
+    return _curated(root.resolve())
   listed = _list(root.resolve(), caption_key, unpack_to)
   root, bad = listed.root, listed.bad
   if not listed.files:
@@ -208,23 +211,40 @@ def scan(
   clips = tuple(
     _clip(path, info, listed.found[path], splits[path]) for path, info in probed.items()
   )
-  index = Index(root, clips, {})
+  return _with_summary(Index(root, clips, {}), listed.files, listed.missing, without_caption, bad)
+
+
+def _with_summary(
+  index: Index, files: int, missing: int, without_caption: int, bad: Mapping[str, str]
+) -> Index:
   summary = {
-    "folder": str(root),
-    "files": listed.files,
-    "clips": len(clips),
-    "videos": sum(clip.kind == "video" for clip in clips),
-    "images": sum(clip.kind == "image" for clip in clips),
+    "folder": str(index.folder),
+    "files": files,
+    "clips": len(index.clips),
+    "videos": sum(clip.kind == "video" for clip in index.clips),
+    "images": sum(clip.kind == "image" for clip in index.clips),
     "train": len(index.of_split("train")),
     "held_out": len(index.of_split("held_out")),
-    "seconds": round(sum(clip.duration for clip in clips), 3),
+    "seconds": round(sum(clip.duration for clip in index.clips), 3),
     "without_caption": without_caption,
-    "listed_but_missing": listed.missing,
+    "listed_but_missing": missing,
     "unreadable": len(bad),
     "bad_files": [{"file": path, "reason": bad[path]} for path in sorted(bad)[:_LISTED_BAD_FILES]],
     "sha256": index.sha256,
   }
   return dataclasses.replace(index, summary=summary)
+
+
+def _curated(root: Path) -> Index:
+  """The index that stands in the folder of its clips: curation has looked at them all."""
+  index = dataclasses.replace(load(root), folder=root)
+  for clip in index.clips:
+    if not (root / (clip.archive or clip.path)).is_file():
+      raise UserError(
+        f"{root / INDEX_NAME} lists {clip.path}, which is not there: restore it, or delete the"
+        " index to have the folder looked through."
+      )
+  return _with_summary(index, len(index.clips), 0, 0, {})
 
 
 def _list(root: Path, caption_key: str | None, unpack_to: Path | None) -> listing.Listing:
@@ -234,6 +254,8 @@ def _list(root: Path, caption_key: str | None, unpack_to: Path | None) -> listin
     listed.add(tars.members(root, path, caption_key))
   if not listed.found and (found := tables.find(root)):
     return tables.clips(root, found, caption_key, unpack_to)
+  if not listed.found:
+    tars.refuse_compressed(root)
   listed.found = dict(sorted(listed.found.items()))
   return listed
 

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
 from mgen_jax.data import media
 from mgen_jax.errors import UserError
 
@@ -195,6 +197,9 @@ def _read_metadata(root: Path, name: str, caption_key: str | None) -> dict[str, 
   path, found = root / name, {}
   for number, row in _rows(path):
     where = f"line {number} of {path}"
+    if not found and not any(str(key).endswith("file_name") for key in row):
+      logging.warning('%s has no "file_name": it is not read for captions.', path)
+      return {}
     files = [key for key in row if key == "file_name" or str(key).endswith("_file_name")]
     if len(files) != 1 or not isinstance(row[files[0]], str):
       raise UserError(f'{where} needs one "file_name" with the path of a file beside it.')

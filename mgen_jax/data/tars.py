@@ -27,14 +27,18 @@ Samples = dict[str, Parts]  # by name
 
 
 def find(root: Path) -> list[str]:
-  """The tars below `root`, relative to it, in order. Raises UserError for a compressed one."""
+  """The tars below `root`, relative to it, in order."""
+  return sorted(listing.named(root, (".tar",)))
+
+
+def refuse_compressed(root: Path) -> None:
+  """Says why tars that are there were not read. Raises UserError if there is a compressed one."""
   packed = sorted(listing.named(root, _COMPRESSED))
   if packed:
     raise UserError(
       f"{root / packed[0]} is a compressed tar, which cannot be read from the middle: unpack it to"
       " a .tar (video does not get smaller by compression)."
     )
-  return sorted(listing.named(root, (".tar",)))
 
 
 def members(root: Path, name: str, caption_key: str | None = None) -> Listing:

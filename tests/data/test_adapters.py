@@ -136,9 +136,25 @@ def test_compressed_tars_and_wrong_keys_are_refused_in_a_sentence(plain, tmp_pat
     ingest.scan(tmp_path, caption_key="blurb")
   with pytest.raises(UserError, match="has a caption"):
     ingest.scan(tmp_path)
-  assert ingest.scan(tmp_path, caption_key="txt2").clips[0].caption == "x"
   (tmp_path / "b.tar.gz").write_bytes(b"")
+  assert ingest.scan(tmp_path, caption_key="txt2").clips[0].caption == "x"
+  (tmp_path / "a.tar").unlink()
   with pytest.raises(UserError, match="compressed tar"):
+    ingest.scan(tmp_path)
+
+
+def test_a_folder_with_an_index_of_its_own_is_taken_as_that_says(plain, tmp_path):
+  """What curation leaves: its split, its choice of clips; the folder may have moved."""
+  for name, data in contents(plain).items():
+    (tmp_path / name).write_bytes(data)
+  every = ingest.scan(tmp_path, held_out=0.5)
+  kept = ingest.Index(tmp_path / "elsewhere", every.clips[:3], {})
+  kept.save(tmp_path)
+  index = ingest.scan(tmp_path, held_out=0.0)
+  assert (index.clips, index.folder) == (kept.clips, tmp_path.resolve())
+  assert (index.summary["clips"], index.summary["sha256"]) == (3, kept.sha256)
+  (tmp_path / "001.mp4").unlink()
+  with pytest.raises(UserError, match=r"lists 001\.mp4, which is not there"):
     ingest.scan(tmp_path)
 
 
@@ -173,6 +189,8 @@ def test_the_metadata_files_of_hugging_face_give_captions(plain, tmp_path, form)
   assert {clip.caption for clip in named.clips} == {"large"}
   with pytest.raises(UserError, match=r"has no 'tet' .* file_name, size, text"):
     ingest.scan(tmp_path, caption_key="tet")
+  (tmp_path / "metadata.csv").write_text("a,b\n1,2\n")  # something else
+  assert len(ingest.scan(tmp_path).clips) == len(rows)
   (folder / "metadata.jsonl").write_text('{"file_name": "../../x.mp4", "text": "a"}')
   with pytest.raises(UserError, match="inside the folder"):
     ingest.scan(tmp_path)
