@@ -239,7 +239,10 @@ def _curated(root: Path) -> Index:
   """The index that stands in the folder of its clips: curation has looked at them all."""
   index = dataclasses.replace(load(root), folder=root)
   for clip in index.clips:
-    if not (root / (clip.archive or clip.path)).is_file():
+    path = (root / (clip.archive or clip.path)).resolve()
+    if not path.is_relative_to(root):
+      raise UserError(f"{root / INDEX_NAME} lists {clip.path}, which lies outside of the folder.")
+    if not path.is_file():
       raise UserError(
         f"{root / INDEX_NAME} lists {clip.path}, which is not there: restore it, or delete the"
         " index to have the folder looked through."

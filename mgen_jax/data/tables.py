@@ -3,7 +3,8 @@
 One column holds the media, as bytes, as {"bytes", "path"} (the Image and Video features) or as the
 path of a file beside the tables; another one holds the caption. Files by path stay where they are;
 bytes are unpacked once into a folder, since a row of Parquet cannot be read without its neighbours.
-Rows are streamed, a few in memory at a time. Needs pyarrow (extra "data"), never `datasets`, and
+Rows are streamed: memory holds a few of them, or a page of the file, as large as its writer made
+it. Needs pyarrow (extra "data"), never `datasets`, and
 nothing is downloaded: a column of URLs is refused.
 """
 
@@ -101,9 +102,10 @@ def _rows(
   path = root / name
   try:
     if path.suffix == ".parquet":
-      with parquet.ParquetFile(path) as file:
+      # Page by page: else a whole row group, hundreds of videos, is read at once.
+      with parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
         columns = _columns(path, file.schema_arrow, caption_key)
-        batches = file.iter_batches(batch_size=_ROWS, columns=list(columns))
+        batches = file.iter_batches(_ROWS, columns=list(columns), use_threads=False)
         yield from _read(path, batches, *columns)
     else:
       with pa.memory_map(str(path)) as file:

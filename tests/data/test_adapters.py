@@ -1,6 +1,7 @@
 """WebDataset tars and Hugging Face folders give the index that a plain folder gives."""
 
 import csv
+import dataclasses
 import io
 import json
 import pickle
@@ -153,6 +154,11 @@ def test_a_folder_with_an_index_of_its_own_is_taken_as_that_says(plain, tmp_path
   index = ingest.scan(tmp_path, held_out=0.0)
   assert (index.clips, index.folder) == (kept.clips, tmp_path.resolve())
   assert (index.summary["clips"], index.summary["sha256"]) == (3, kept.sha256)
+  outside = dataclasses.replace(every.clips[0], path="/etc/hostname")
+  ingest.Index(tmp_path, (outside,), {}).save(tmp_path)
+  with pytest.raises(UserError, match="lies outside"):
+    ingest.scan(tmp_path)
+  kept.save(tmp_path)
   (tmp_path / "001.mp4").unlink()
   with pytest.raises(UserError, match=r"lists 001\.mp4, which is not there"):
     ingest.scan(tmp_path)
