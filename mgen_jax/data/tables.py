@@ -4,8 +4,8 @@ One column holds the media, as bytes, as {"bytes", "path"} (the Image and Video 
 path of a file beside the tables; another one holds the caption. Files by path stay where they are;
 bytes are unpacked once into a folder, since a row of Parquet cannot be read without its neighbours.
 Rows are streamed: memory holds a few of them, or a page of the file, as large as its writer made
-it. Needs pyarrow (extra "data"), never `datasets`, and
-nothing is downloaded: a column of URLs is refused.
+it. Needs pyarrow (extra "data"), never `datasets`, and nothing is downloaded: a column of URLs is
+refused.
 """
 
 import dataclasses
@@ -37,10 +37,18 @@ _MAGIC = (
 
 
 def find(root: Path) -> list[str]:
-  """The tables below `root`, relative to it, in order, without splits for tests and validation."""
+  """The tables below `root`, relative to it, in order, without splits for tests and validation.
+
+  Raises UserError if there are only such splits.
+  """
   every = [path for path in sorted(listing.named(root, _SUFFIXES)) if "/cache-" not in f"/{path}"]
   kept = [path for path in every if not _OTHER_SPLIT.search(path)]
-  if kept and len(kept) < len(every):
+  if every and not kept:
+    raise UserError(
+      f"{root} holds tables of splits for tests and validation only ({every[0]}): to train on them"
+      " all the same, rename them or name their folder itself."
+    )
+  if len(kept) < len(every):
     logging.info("%d tables of other splits than train are left out", len(every) - len(kept))
   return kept
 

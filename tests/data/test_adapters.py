@@ -270,8 +270,11 @@ def test_tables_that_are_not_understood_say_what_is_in_them(tmp_path, columns, w
     ingest.scan(tmp_path, unpack_to=tmp_path / "out")
 
 
-def test_a_damaged_table_is_refused(tmp_path):
+def test_a_damaged_table_and_one_for_tests_only_are_refused(tmp_path):
   pytest.importorskip("pyarrow.parquet")
+  (tmp_path / "test-00000-of-00001.parquet").write_bytes(b"PAR1")
+  with pytest.raises(UserError, match="for tests and validation only"):
+    ingest.scan(tmp_path)
   (tmp_path / "a.parquet").write_bytes(b"PAR1 is not enough")
   with pytest.raises(UserError, match=r"a\.parquet cannot be read as a table"):
     ingest.scan(tmp_path, unpack_to=tmp_path / "out")
