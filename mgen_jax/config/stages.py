@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any, Literal
 
 from mgen_jax import schema, tasks
-from mgen_jax.data import mixing
+from mgen_jax.data import shares
 from mgen_jax.data.buckets import Bucket, Rate, parse_bucket
 from mgen_jax.data.marbles import WorldConfig
 from mgen_jax.encoders import StackConfig
@@ -210,7 +210,7 @@ class TrainStage:
       return _BATCH
     tokens = tasks.make(self.task).tokens(bucket)
     try:
-      return mixing.batch_for(bucket, tokens, self.tokens_per_step, self.batch_multiple)
+      return shares.batch_for(bucket, tokens, self.tokens_per_step, self.batch_multiple)
     except UserError as error:
       raise ConfigError(str(error)) from error
 

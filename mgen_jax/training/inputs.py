@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from mgen_jax import config as config_lib
 from mgen_jax.config import TrainStage
-from mgen_jax.data import ingest, mixing, pipeline, records
+from mgen_jax.data import ingest, pipeline, records, shares
 from mgen_jax.data import sources as sources_lib
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.errors import UserError
@@ -65,9 +65,9 @@ def make_stream(work: Workdir, name: str, task: Task) -> tuple[loop.Stream, dict
   else:
     latents = read_json(work.latents(stage.latents) / STATISTICS_NAME)
     train, held_out = _latent_sources(work, stage, task, latents)
-  parts = _with_examples(name, stage, task, train)
-  share = mixing.shares(parts, by=stage.mix, images_to_videos=stage.images_to_videos)
-  logging.info("stage %s draws from:\n%s", name, mixing.table(parts, share, stage.steps))
+  parts = _with_examples(name, stage, task, stage.batches(), train)
+  share = shares.of_steps(parts, by=stage.mix, images_to_videos=stage.images_to_videos)
+  logging.info("stage %s draws from:\n%s", name, shares.table(parts, share, stage.steps))
   sizes = {bucket: part.batch for bucket, part in parts.items()}
   pipeline.check_shared_memory(_batch_bytes(task, sizes), stage.workers)
   common = {
@@ -163,13 +163,17 @@ def _latent_sources(
 
 
 def _with_examples(
-  name: str, stage: TrainStage, task: Task, sources: Mapping[Bucket, sources_lib.Source]
-) -> dict[Bucket, mixing.Part]:
+  name: str,
+  stage: TrainStage,
+  task: Task,
+  buckets: Mapping[Bucket, config_lib.BucketConfig],
+  sources: Mapping[Bucket, sources_lib.Source],
+) -> dict[Bucket, shares.Part]:
   """The buckets that are trained on; those with less than a batch as `small_buckets` says."""
   kept, small = {}, []
-  for bucket, entry in stage.batches().items():
+  for bucket, entry in buckets.items():
     examples = len(sources[bucket])
-    part = mixing.Part(examples, entry.batch, entry.weight, task.tokens(bucket))
+    part = shares.Part(examples, entry.batch, entry.weight, task.tokens(bucket))
     if examples >= entry.batch or (examples and stage.small_buckets == "repeat"):
       kept[bucket] = part
       continue

@@ -56,7 +56,7 @@ class Part:
   tokens: int = 0
 
 
-def shares(
+def of_steps(
   parts: Mapping[Bucket, Part], *, by: By = "weight", images_to_videos: float | None = None
 ) -> dict[Bucket, float]:
   """The share of the steps of each bucket; they sum to 1.
