@@ -85,6 +85,7 @@ def test_an_experiment_survives_json(tmp_path):
     ({"t2v": {"buckets": {"b16x32": {}}}}, ["16x32"]),
     ({"t2v": {"buckets": {"b16x32x32": {"batch": -1}}}}, ["b16x32x32", "above 0"]),
     ({"t2v": {"buckets": {"b16x32x32": {}}, "tokens_per_step": 9}}, ["t2v: tokens_per_step is 9"]),
+    ({"t2v": {"tokens_per_step": 99}}, ["tokens_per_step is 99", "every bucket says its batch"]),
     ({"t2v": {"images_to_videos": 0.0}}, ["images_to_videos is 0"]),
     ({"t2v": {"buckets": {"b24x32x32": {}}}}, ["24x32x32", "max_positions[0]", "3"]),
     ({"t2v": {"buckets": {"b16x40x32": {}}}}, ["height 40", "multiple of 16"]),
