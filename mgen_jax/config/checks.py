@@ -110,8 +110,8 @@ def _check_train(made: Experiment, name: str, stage: TrainStage, before: tuple[s
     _check_bucket(f"{path}.buckets", stage, bucket, parse_key)
   if stage.tokens_per_step and all(entry.batch for entry in stage.buckets.values()):
     raise ConfigError(
-      f"{path}.tokens_per_step is {stage.tokens_per_step}, but every bucket says its batch: set the "
-      "batch to 0 where the tokens shall decide."
+      f"{path}.tokens_per_step is {stage.tokens_per_step}, but every bucket says its batch: set it "
+      "to 0 where the tokens shall decide."
     )
   try:
     stage.batches()
