@@ -20,6 +20,7 @@ from mgen_jax.data.files import write_text_atomic
 from mgen_jax.errors import UserError
 
 SCHEMA_VERSION = 1
+CAPTIONS_NAME = listing.CAPTIONS_NAME  # what a folder made for `scan` should hold
 INDEX_NAME = "index.jsonl"
 SUMMARY_NAME = "summary.json"
 _LISTED_BAD_FILES = 20
@@ -177,7 +178,7 @@ def scan(
   if not root.is_dir():
     raise UserError(f"the folder of videos {root} does not exist; give the path of a folder.")
   if (root / INDEX_NAME).exists():
-    return _curated(root.resolve())
+    return _indexed(root.resolve())
   listed = _list(root.resolve(), caption_key, unpack_to)
   root, bad = listed.root, listed.bad
   if not listed.files:
@@ -235,8 +236,8 @@ def _with_summary(
   return dataclasses.replace(index, summary=summary)
 
 
-def _curated(root: Path) -> Index:
-  """The index that stands in the folder of its clips: curation has looked at them all."""
+def _indexed(root: Path) -> Index:
+  """The index that stands in the folder of its clips, which an earlier look at them has left."""
   index = dataclasses.replace(load(root), folder=root)
   for clip in index.clips:
     path = (root / (clip.archive or clip.path)).resolve()
