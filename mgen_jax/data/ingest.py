@@ -15,6 +15,8 @@ from concurrent import futures
 from pathlib import Path
 from typing import Any, Literal
 
+from absl import logging
+
 from mgen_jax.data import listing, media, tables, tars
 from mgen_jax.data.files import write_text_atomic
 from mgen_jax.errors import UserError
@@ -254,7 +256,9 @@ def _indexed(root: Path) -> Index:
 def _list(root: Path, caption_key: str | None, unpack_to: Path | None) -> listing.Listing:
   """Files and clips in tars; where none of them has a caption, clips of tables."""
   listed = listing.folder(root, caption_key)
-  for path in tars.find(root):
+  archives = tars.find(root)
+  for number, path in enumerate(archives, start=1):
+    logging.log_every_n(logging.INFO, "listing tar %d of %d, %s", 20, number, len(archives), path)
     listed.add(tars.members(root, path, caption_key))
   if not listed.found and (found := tables.find(root)):
     return tables.clips(root, found, caption_key, unpack_to)
