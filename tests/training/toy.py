@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgen_jax.config import TrainStage
-from mgen_jax.data import pipeline, records
+from mgen_jax.data import pipeline, records, sources
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.tasks.autoencoder import AutoencoderTaskConfig
@@ -194,7 +194,7 @@ def record_stream(folder, on_batch=None):
   """A loop.Stream of such records."""
 
   def start(step):
-    source = pipeline.LatentSource(records.open_records(folder))
+    source = sources.LatentSource(records.open_records(folder))
     stream = pipeline.make_stream(
       {BUCKETS[0]: source},
       batch_sizes={BUCKETS[0]: BATCH},
