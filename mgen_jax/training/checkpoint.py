@@ -238,7 +238,10 @@ class Checkpoints:
       self.wait()
     finally:
       self._thread.shutdown()
-    self._manager.close()
+    try:
+      self._manager.close()
+    except Exception as error:  # of a save that failed: Orbax tells it once more
+      raise self._write_error(error) from error
 
   def _path(self, step: int) -> Path:
     return Path(self.folder) / str(step)
