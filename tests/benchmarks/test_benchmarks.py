@@ -56,7 +56,8 @@ def test_sides_that_differ_are_no_comparison(monkeypatch):
 
 def test_encoders_are_compared_on_the_same_features(tmp_path, monkeypatch):
   pytest.importorskip("transformers", reason="needs transformers, of the extra test")
-  small = dataclasses.replace(sizes.SIZES["t5-base"].config, vocab=99, width=24, heads=2, head_dim=8)
+  base = sizes.SIZES["t5-base"].config
+  small = dataclasses.replace(base, vocab=99, width=24, heads=2, head_dim=8)
   monkeypatch.setitem(sizes.SIZES, "t5-base", sizes.Size("t5", small))
   flags = ["--layers=2", "--batch=2", "--length=16", "--rounds=1", "--threads=1"]
   record = t5_encoder.main([*flags, f"--out={tmp_path}/a.json"])
