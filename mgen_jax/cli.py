@@ -4,7 +4,6 @@ Exit codes: 0 done, 2 a fault that the user can fix (`UserError`), 130 Ctrl-C an
 after saving. Anything else is a bug and keeps its traceback.
 """
 
-import difflib
 import logging as std_logging
 import os
 import re
@@ -13,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from mgen_jax.errors import ConfigError, UserError
+from mgen_jax.errors import ConfigError, UserError, nearest
 from mgen_jax.training.interrupt import Interrupted
 
 
@@ -93,7 +92,7 @@ def _unknown_override(argv: Sequence[str], error: Exception) -> ConfigError | No
   for name in overrides:
     key = name.removeprefix("config.")
     if keys and key not in keys and not any(known.startswith(key + ".") for known in keys):
-      near = difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
+      near = nearest(key, keys)
       hint = f'did you mean "--config.{near[0]}"?' if near else "see WORKDIR/config.json for all."
       return ConfigError(f"--{name} is not a key of this experiment: {hint}")
   return ConfigError(f"an override of --config cannot be used: {error}")
