@@ -176,6 +176,7 @@ def test_the_command_writes_the_features_that_a_stage_reads(work, weights, tmp_p
     ("--text_encoders=", "--text_names needs --text_encoders"),
     ("--text_lengths=64,few", "name whole numbers"),
     ("--text_lengths=64", "one entry for each"),
+    ("--text_names=", "need two names"),
     ("--text_reads=prompt,all", "must be one of 'prompt', 'quoted'"),
     ("--text_encoders=ul3,any", 'did you mean "ul2"'),
     ("--text_weights=nowhere,nowhere", r"no converted encoder: make it with .*convert"),
