@@ -25,10 +25,12 @@ from mgen_jax.config.stages import (
   TrainStage,
   parse_key,
 )
+from mgen_jax.errors import ConfigError  # what an experiment file raises
 
 __all__ = [
   "STAGES",
   "BucketConfig",
+  "ConfigError",
   "DataConfig",
   "EncodeStage",
   "EvaluateStage",
