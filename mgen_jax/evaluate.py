@@ -33,7 +33,7 @@ from mgen_jax import config as config_lib
 from mgen_jax.data import files, ingest, marbles
 from mgen_jax.data import sources as sources_lib
 from mgen_jax.data.buckets import Bucket, parse_bucket
-from mgen_jax.errors import UserError
+from mgen_jax.errors import UserError, suggest
 from mgen_jax.evaluation import alignment, reconstruction, report
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel import rules
@@ -464,7 +464,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   name = values.stage if values.stage is not None else (known[-1] if known else "evaluate")
   if name not in known:
     raise UserError(
-      f"--stage={name} is not an evaluate stage of {work.root}: {schema.suggest(name, known)}"
+      f"--stage={name} is not an evaluate stage of {work.root}: {suggest(name, known)}"
     )
   sampler = sample.sampler_from_flags(values, stages[stages[name].generator].task.sampler)
   work.start(name)

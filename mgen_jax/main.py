@@ -19,9 +19,9 @@ from absl import flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from mgen_jax import cli, compilation_cache, encode, evaluate, ingest, reconstruct, schema
+from mgen_jax import cli, compilation_cache, encode, evaluate, ingest, reconstruct
 from mgen_jax import config as config_lib
-from mgen_jax.errors import UserError
+from mgen_jax.errors import UserError, suggest
 from mgen_jax.training import runner
 from mgen_jax.workdir import Workdir
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
   experiment = config_lib.resolve(_CONFIG.value)
   stages = experiment.recipe if _STAGE.value is None else (_STAGE.value,)
   if not set(stages) <= set(experiment.recipe):
-    near = schema.suggest(_STAGE.value, experiment.recipe)
+    near = suggest(_STAGE.value, experiment.recipe)
     raise UserError(f'--stage={_STAGE.value} is not a stage of "{experiment.name}": {near}')
 
   if _DISTRIBUTED.value or _COORDINATOR.value:

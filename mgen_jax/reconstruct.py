@@ -26,12 +26,12 @@ import rich.table
 from absl import flags, logging
 from flax import traverse_util
 
-from mgen_jax import cli, coding, schema
+from mgen_jax import cli, coding
 from mgen_jax import config as config_lib
 from mgen_jax.data import files, ingest, media
 from mgen_jax.data import sources as sources_lib
 from mgen_jax.data.buckets import Bucket, parse_bucket
-from mgen_jax.errors import UserError
+from mgen_jax.errors import UserError, suggest
 from mgen_jax.evaluation import frechet, reconstruction
 from mgen_jax.models import autoencoder_flops, perceptual
 from mgen_jax.models.tiling import TilingConfig
@@ -287,7 +287,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   name = values.stage if values.stage is not None else (known[-1] if known else "reconstruct")
   if name not in known:
     raise UserError(
-      f"--stage={name} is not a reconstruct stage of {work.root}: {schema.suggest(name, known)}"
+      f"--stage={name} is not a reconstruct stage of {work.root}: {suggest(name, known)}"
     )
   if values.video is not None:
     _film(work, name, values)

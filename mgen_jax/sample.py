@@ -28,13 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 
-from mgen_jax import cli, schema
+from mgen_jax import cli
 from mgen_jax import config as config_lib
 from mgen_jax.data import ingest, media
 from mgen_jax.data.buckets import Bucket, parse_bucket
 from mgen_jax.diffusion import gaussian, samplers
 from mgen_jax.encoders import Prompt
-from mgen_jax.errors import UserError
+from mgen_jax.errors import UserError, suggest
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel import rules
 from mgen_jax.tasks import GENERATORS, AutoencoderTask, Latte, TextToVideo, text_to_video
@@ -296,7 +296,7 @@ def _named_stage(work: Workdir, stage: str) -> str:
   if stage not in known:
     raise UserError(
       f"--stage={stage} is not a stage of {work.root} that makes videos from text: "
-      f"{schema.suggest(stage, known)}"
+      f"{suggest(stage, known)}"
     )
   if work.done_record(stage) is None:
     logging.warning("stage %s is not finished: its newest checkpoint is sampled", stage)

@@ -17,7 +17,7 @@ from mgen_jax.config.stages import (
   parse_key,
 )
 from mgen_jax.data.buckets import Bucket, parse_bucket
-from mgen_jax.errors import ConfigError, UserError
+from mgen_jax.errors import ConfigError, UserError, suggest
 
 
 def resolve(values: Mapping[str, Any] | config_dict.ConfigDict) -> Experiment:
@@ -92,7 +92,7 @@ def _earlier(
   if target not in candidates:
     raise ConfigError(
       f'{path} is "{target}", which is not an earlier stage of kind "{kind}": '
-      f"{schema.suggest(target, candidates)}"
+      f"{suggest(target, candidates)}"
     )
   return made.stages[target]
 
