@@ -137,6 +137,23 @@ class EncodeStage:
 
 
 @dataclasses.dataclass(frozen=True)
+class ObserveConfig:
+  """What is watched while a stage trains, beside the metrics that every stage writes."""
+
+  strict_compiles: bool = False  # stop when something compiles after the warm-up
+  profile_from: int = 0  # the first step, from 1, that JAX's profiler records; 0: none
+  profile_steps: int = 3  # how many it records
+  wandb: str | None = None  # also log to this project of Weights & Biases (the extra "wandb")
+
+  def __post_init__(self):
+    if self.profile_from < 0 or self.profile_steps < 1:
+      raise ConfigError(
+        f"profile_from is {self.profile_from} and profile_steps {self.profile_steps}: they must be "
+        "0 or more, and 1 or more."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class GuardConfig:
   """What becomes of a step whose loss or gradient is not finite, or is a spike.
 
@@ -197,6 +214,7 @@ class TrainStage:
   guard: GuardConfig = GuardConfig()
   threads: int = 4  # that read and decode, on each host
   workers: int = 0  # processes that read and decode, on each host; 0: threads only
+  observe: ObserveConfig = ObserveConfig()
 
   def __post_init__(self):
     if self.accumulate < 1 and self.accumulate != -1:

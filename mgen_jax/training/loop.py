@@ -32,6 +32,7 @@ from mgen_jax.training.checkpoint import CheckpointError, Checkpoints
 from mgen_jax.training.guard import Guard, RollBack
 from mgen_jax.training.interrupt import Interrupted, StopSignal
 from mgen_jax.training.meter import Meter
+from mgen_jax.training.observe import Observation
 from mgen_jax.training.patience import Patience
 from mgen_jax.training.program import Program, batch_shapes, make_program
 
@@ -105,6 +106,7 @@ def train(
       rows_of=batch_shapes(task, stream.batch_sizes, mesh),
       validate=step_lib.make_validation(task, seed=seed),
       stop=stack.enter_context(StopSignal()),
+      observation=stack.enter_context(Observation(folder, name, config.observe)),
       patience=stack.enter_context(Patience()),
       checkpoints=stack.enter_context(
         Checkpoints(f"{folder}/checkpoints", keep=config.keep, fall_back=config.fall_back)
@@ -113,6 +115,7 @@ def train(
     beyond = None  # of a roll-back: the batch that it goes past, and how many there were by then
     while True:
       state, at, fingerprint = run.restore(load_initial)
+      run.observation.resumed(at.step)
       if beyond is not None:
         at = at.past(*beyond)
       with contextlib.closing(stream.open(at.batch)) as batches:
@@ -163,6 +166,7 @@ class _Run:
   rows_of: dict[Bucket, dict[str, jax.ShapeDtypeStruct]]
   validate: Callable[..., jax.Array]
   stop: StopSignal
+  observation: Observation
   patience: Patience
   checkpoints: Checkpoints
   train_step: Mapping[Bucket, Callable[..., Any]] | None = None  # once it is compiled
@@ -171,10 +175,12 @@ class _Run:
     """(state, progress, fingerprint of the data or None): of the newest checkpoint, or step 0."""
     optimizer, shapes, layout, _ = self.program
     if self.checkpoints.latest_step() is None:
-      initial = load_initial(shapes.params, layout.params) if load_initial else None
-      state = state_lib.initialise(self.task, optimizer, layout, self.seed, initial)
+      with self.observation.spend("initialise"):
+        initial = load_initial(shapes.params, layout.params) if load_initial else None
+        state = state_lib.initialise(self.task, optimizer, layout, self.seed, initial)
       return state, Progress(), None
-    restored = self.checkpoints.restore(shapes, layout)
+    with self.observation.spend("restore"):
+      restored = self.checkpoints.restore(shapes, layout)
     logging.info(
       "stage %s continues from step %d of %d", self.name, restored.step, self.config.steps
     )
@@ -187,7 +193,8 @@ class _Run:
     """From where the stage is to its last step; returns the seconds that it has taken."""
     config = self.config
     if self.train_step is None and at.step < config.steps:
-      self.train_step = self.program.compile(self.rows_of, *self.frozen)
+      with self.observation.spend("compile"):
+        self.train_step = self.program.compile(self.rows_of, *self.frozen)
     guard = Guard(
       *(config.guard, self.name, self.folder),
       examples_of=lambda step: batches.examples_at(step - 1 + at.passed_over),
@@ -196,9 +203,12 @@ class _Run:
     )
     # Evaluate if due -> save if due -> next batch -> step -> log the steps before.
     with metrics_lib.Metrics(
-      self.folder, self.name, steps=config.steps, start_step=at.step
+      *(self.folder, self.name),
+      steps=config.steps,
+      start_step=at.step,
+      wandb_project=config.observe.wandb,
     ) as metrics:
-      meter = Meter(self.task, metrics, guard.check, config.log_every)
+      meter = Meter(self.task, metrics, guard.check, self.observation, config.log_every)
       saved = at.step
 
       def save(step):
@@ -206,36 +216,46 @@ class _Run:
         seconds = time.perf_counter() - self.began
         data = {"step": step, "seed": self.seed, "fingerprint": batches.fingerprint}
         data |= {"passed_over": at.passed_over, "roll_backs": at.roll_backs}
-        with self.patience.over("the checkpoint before to be written"):
+        with (
+          self.observation.spend("save"),
+          self.patience.over("the checkpoint before to be written"),
+        ):
           self.checkpoints.save(step, state, data, {**self.meta, "seconds": seconds})
 
       for step in range(at.step, config.steps + 1):
         last = step == config.steps
         signum = self.stop.received(self.mesh, last)
         if step > at.step and _due(step, config.validate_every, last):
-          losses = [
-            self.validate(state.ema, _to_devices(rows, self.rows_of[bucket]), index, *self.frozen)
-            for index, (bucket, rows) in enumerate(self.stream.validation())
-          ]
-          metrics.write(step, {"validation_loss": float(np.mean(jax.device_get(losses)))})
+          with self.observation.spend("validation"):
+            losses = [
+              self.validate(state.ema, _to_devices(rows, self.rows_of[bucket]), index, *self.frozen)
+              for index, (bucket, rows) in enumerate(self.stream.validation())
+            ]
+            metrics.write(step, {"validation_loss": float(np.mean(jax.device_get(losses)))})
         if step > saved and (_due(step, config.checkpoint_every, last) or signum):
           save(step)
           saved = step
+        if signum or last:
+          with self.observation.spend("save"):
+            self.checkpoints.wait()
         if signum:
-          self.checkpoints.wait()
           raise Interrupted(signum, self.name, step)
         if last:
           break
         try:
-          with meter.waiting(), self.patience.over(f"the batch of step {step + 1}"):
+          with (
+            self.observation.spend("data"),
+            self.patience.over(f"the batch of step {step + 1}"),
+          ):
             bucket, rows = next(batches)
+            rows = _to_devices(rows, self.rows_of[bucket])
         except UserError as error:  # its records are gone; the state is as good as ever
           if step > saved and jax.process_count() == 1:  # others are on their way, and cannot save
             logging.error("%s", error)
             save(step)
           raise
-        rows = _to_devices(rows, self.rows_of[bucket])
-        state, values = self.train_step[bucket](state, rows, *self.frozen)
+        with self.observation.step(step + 1):
+          state, values = self.train_step[bucket](state, rows, *self.frozen)
         meter.after(step + 1, bucket, self.stream.batch_sizes[bucket], values)
     return time.perf_counter() - self.began
 

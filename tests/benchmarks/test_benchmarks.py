@@ -8,17 +8,21 @@ import dataclasses
 import json
 import sys
 
+import jax
 import pytest
 
 from benchmarks import (
   common,
   compilation_cache,
   first_step,
+  loop_overhead,
   memory,
   t5_encoder,
   transformer_step,
 )
 from mgen_jax.encoders import sizes
+from mgen_jax.parallel import mesh as mesh_lib
+from tests.training import toy
 
 SMALL = ["--tokens=16,32", "--batch=1", "--layers=1", "--width=24", "--heads=2", "--mlp_width=32"]
 
@@ -104,3 +108,26 @@ def test_a_step_takes_the_memory_that_its_plan_says():
   (row,) = record["rows"]
   assert row["planned_mib"] > 300  # large against what else a process takes
   assert 0.8 < row["ratio"] < 1.25
+
+
+def test_the_loop_and_the_bare_step_take_the_same_steps(monkeypatch):
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1])
+  stage = loop_overhead.Stage(toy.ToyTask(), toy.stage(), toy.stream(), mesh)
+  orders = []
+  monkeypatch.setattr(
+    loop_overhead,
+    "bare_steps",
+    lambda stage, make=loop_overhead.bare_steps: _noting(make(stage), orders),
+  )
+  (row,) = loop_overhead.rounds_of(stage, 6, 2, 1)
+  assert all(row[name] > 0 for name in ("bare", "silent", "logging", "saving"))
+  # After four steps that are not timed, what the data of the toy has.
+  assert orders == [[toy.BUCKETS[step % 2] for step in range(4, 10)]] * 3
+
+
+def _noting(run, orders):
+  def noted(order):
+    orders.append(list(order))
+    return run(order)
+
+  return noted
