@@ -65,8 +65,8 @@ def run(work: Workdir, name: str, coder: Workdir | None = None) -> None:
     UserError: the media, the autoencoder or the disk cannot be used.
   """
   began = time.perf_counter()
-  stage, data = work.experiment.stages[name], work.experiment.data
-  index = ingest.load(work.folder(config_lib.ingest_of(work.experiment)))
+  stage, data = work.experiment.stages[name], config_lib.data_of(work.experiment, name)
+  index = ingest.load(work.folder(config_lib.ingest_of(work.experiment, name)))
   encode, digest = _make_encoder(coder or work, stage)
   if stage.folder is not None:
     _adopt(work, name, digest)

@@ -124,15 +124,14 @@ class Generator:
       task, params, meta = runner.load_trained(work, name, mesh)
       coder = config_lib.autoencoder_of(work.experiment, name)
       autoencoder, autoencoder_params, _ = runner.load_trained(work, coder, mesh)
-    batches = work.experiment.stages[name].batches()
     return cls(
       name,
       (task, params),
       (autoencoder, autoencoder_params),
       meta["latents"],
       mesh,
-      trained={parse_bucket(b): batches[parse_bucket(b)].weight for b in meta["buckets"]},
-      fps=frame_rate(work),
+      trained=trained_buckets(work, name, meta["buckets"]),
+      fps=frame_rate(work, name),
       reader=task.reader(mesh),
     )
 
@@ -218,14 +217,26 @@ class Generator:
       return jax.device_get(program(self.params, self.autoencoder_params, text, seeds))
 
 
-def frame_rate(work: Workdir) -> float:
-  """Frames per second of the videos that a run learns from (of a mixture, the median)."""
-  data = work.experiment.data
+def trained_buckets(work: Workdir, name: str, buckets: Sequence[str]) -> dict[Bucket, float]:
+  """The buckets that the model of a stage has seen, with their weights there (1 if not known)."""
+  stage = work.experiment.stages[name]
+  while isinstance(stage, config_lib.AverageStage) and config_lib.own_models(stage):
+    stage = work.experiment.stages[config_lib.own_models(stage)[0]]
+  known = stage.batches() if isinstance(stage, config_lib.TrainStage) else {}
+  seen = [parse_bucket(text) for text in buckets]
+  return {bucket: known[bucket].weight if bucket in known else 1.0 for bucket in seen}
+
+
+def frame_rate(work: Workdir, name: str) -> float:
+  """Frames per second of the videos that a stage learns from (of a mixture, those of the first of
+  its sets of data; of that, the median)."""
+  data = config_lib.data_of(work.experiment, config_lib.latents_of(work.experiment, name))
   if data.fps is not None:
     return data.fps
   if data.videos is None:
     return data.marbles.fps
-  index = ingest.load(work.folder(config_lib.ingest_of(work.experiment)))
+  latents = config_lib.latents_of(work.experiment, name)
+  index = ingest.load(work.folder(config_lib.ingest_of(work.experiment, latents)))
   rates = [clip.fps for clip in index.clips if clip.kind == "video"]
   return statistics.median_low(rates) if rates else 1.0  # images only: nothing moves
 
@@ -288,7 +299,8 @@ def _named_stage(work: Workdir, stage: str) -> str:
   known = [
     name
     for name, config in work.experiment.stages.items()
-    if isinstance(config, config_lib.TrainStage) and config.task.name in GENERATORS
+    if isinstance(config, config_lib.TrainStage | config_lib.AverageStage)
+    and config.task.name in GENERATORS
   ]
   if stage not in known:
     raise UserError(

@@ -16,7 +16,7 @@ from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel.mesh import MeshConfig
 from mgen_jax.tasks import text_inputs
 from mgen_jax.tasks.text_to_video import SamplerConfig, TextToVideoConfig
-from mgen_jax.training import runner
+from mgen_jax.training import runner, start
 from mgen_jax.training import state as state_lib
 from mgen_jax.workdir import Workdir
 from tests import tiny, untrained
@@ -205,7 +205,7 @@ def test_a_stage_starts_from_one_with_fewer_positions(tmp_path, growth):
   with mesh_lib.use(mesh):
     layout = state_lib.param_shardings(task, mesh)
     shapes = state_lib.param_shapes(task)
-    made = runner._load_origin(work, "t2v", task, mesh, untrained.LATENTS, shapes, layout)
+    made = start.load_origin(work, "t2v", task, mesh, untrained.LATENTS, shapes, layout)
     _, old, _ = runner.load_trained(work, "t2i", mesh)
   assert jax.tree.map(lambda x: x.sharding, made) == layout
   table, small = made["backbone"]["position_width"], old["backbone"]["position_width"]
