@@ -314,8 +314,9 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   origin = Workdir.open(values.autoencoder)
   coder = values.stage or last_trained(origin, "autoencoder")
   trained = origin.experiment.stages.get(coder)
-  if not isinstance(trained, config_lib.TrainStage) or trained.task.name != "autoencoder":
-    known = [n for n, s in origin.experiment.stages.items() if s.kind == "train"]
+  models = (config_lib.TrainStage, config_lib.AverageStage)
+  if not isinstance(trained, models) or trained.task.name != "autoencoder":
+    known = [n for n, s in origin.experiment.stages.items() if isinstance(s, models)]
     raise UserError(
       f"--stage={coder} is not a stage of {origin.root} that trains an autoencoder: "
       f"{schema.suggest(coder, known)}"

@@ -153,6 +153,11 @@ class Workdir:
         )
       made_from[name] = hashlib.sha256(json.dumps(done, sort_keys=True).encode()).hexdigest()[:16]
     config, data = experiment.stages[stage], None
+    if isinstance(config, config_lib.AverageStage):
+      for entry in config.of:
+        done = Path(entry.partition("@")[0]) / "done.json"
+        if "/" in entry and done.exists():  # of another run, which may change
+          made_from[entry] = hashlib.sha256(done.read_bytes()).hexdigest()[:16]
     if not isinstance(config, config_lib.AverageStage):
       data = schema.to_plain(config_lib.data_of(experiment, stage))
     identity = {

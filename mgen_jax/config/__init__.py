@@ -2,8 +2,8 @@
 
 An experiment file returns `experiment(name=..., data=..., stages=...)`: nested dicts with the keys
 that matter, in, a complete ConfigDict, out. `resolve` turns that (after overrides by flags) into
-frozen dataclasses. `stages.py` and `recipes.py` have the keys, `presets.py` what an experiment file
-calls, `checks.py` the checks across stages, `links.py` who reads whose results, `files.py` the JSON.
+frozen dataclasses. `stages.py` and `recipes.py` have the keys, `presets.py` what an experiment
+calls, `checks.py` the checks across stages, `links.py` who reads whose results, `files.py` JSON.
 """
 
 from mgen_jax.config.checks import check_devices, resolve

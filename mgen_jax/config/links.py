@@ -34,8 +34,8 @@ def inputs_of(made: Experiment, name: str) -> tuple[str, ...]:
 
 
 def own_models(stage: AverageStage) -> tuple[str, ...]:
-  """What an average is made of, as far as it comes from its own recipe."""
-  return tuple(entry for entry in stage.of if "/" not in entry)
+  """The stages of its own recipe that an average is made of."""
+  return tuple(entry.partition("@")[0] for entry in stage.of if "/" not in entry)
 
 
 def latents_of(made: Experiment, name: str) -> str:

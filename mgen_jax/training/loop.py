@@ -116,15 +116,7 @@ def train(
       initial = load_initial(shapes.params, layout.params) if load_initial else None
       state = state_lib.initialise(task, optimizer, layout, seed, initial, contents)
 
-    rows_of = {  # by bucket and size: a stage may change its batches
-      (bucket, sizes[bucket]): shapes_of
-      for sizes in (stream.batch_sizes, *stream.changed_sizes)
-      for bucket, shapes_of in batch_shapes(task, sizes, mesh).items()
-    }
-
-    def put(bucket: Bucket, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-      return _to_devices(rows, rows_of[bucket, _examples(rows)])
-
+    rows_of, put = shapes_by_size(task, stream, mesh), putter(task, stream, mesh)
     batches = stack.enter_context(contextlib.closing(stream.open(start)))
     if start:
       _check_data(restored.data, batches, checkpoints.folder)
@@ -228,13 +220,32 @@ def batch_shapes(
   }
 
 
+def shapes_by_size(
+  task: Task, stream: Stream, mesh: jax.sharding.Mesh
+) -> dict[tuple[Bucket, int], dict[str, jax.ShapeDtypeStruct]]:
+  """`batch_shapes` by bucket and number of examples: a stage may change its batches."""
+  return {
+    (bucket, sizes[bucket]): shapes
+    for sizes in (stream.batch_sizes, *stream.changed_sizes)
+    for bucket, shapes in batch_shapes(task, sizes, mesh).items()
+  }
+
+
+def putter(
+  task: Task, stream: Stream, mesh: jax.sharding.Mesh
+) -> Callable[[Bucket, Mapping[str, np.ndarray]], dict[str, jax.Array]]:
+  """A function of a bucket and this host's rows of a batch to the batch on the devices."""
+  shapes = shapes_by_size(task, stream, mesh)
+  return lambda bucket, rows: _to_devices(rows, shapes[bucket, _examples(rows)])
+
+
 def _examples(rows: Mapping[str, np.ndarray]) -> int:
   """Of the global batch that these rows of one host are part of."""
   return len(next(iter(rows.values()))) * jax.process_count()
 
 
 def _to_devices(
-  rows: dict[str, np.ndarray], shapes: Mapping[str, jax.ShapeDtypeStruct]
+  rows: Mapping[str, np.ndarray], shapes: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
   """This host's rows of a batch as parts of global arrays, split over the batch axes."""
   return {
