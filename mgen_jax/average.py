@@ -184,25 +184,45 @@ def _greedy(
   def load(model: Model) -> Any:
     return _weighted(task, [model], [1.0], mesh)
 
+  by_name = {model.name: model for model in models}
+  made, taken, losses = greedy(list(by_name), lambda name: load(by_name[name]), loss)
+  return made, [(m.name in taken) / len(taken) for m in models], losses
+
+
+def greedy(
+  names: Sequence[str], load: Callable[[str], Any], loss: Callable[[Any], float]
+) -> tuple[Any, list[str], dict[str, float]]:
+  """The greedy soup (Wortsman et al., 2022, recipe 1).
+
+  Args:
+    names: of models.
+    load: a name -> its parameters.
+    loss: of parameters, on held-out data.
+
+  Returns:
+    The average, the names it is made of, and the loss of each model and of the "average".
+
+  Raises:
+    UserError: not one of the losses is finite.
+  """
   losses = {}
-  for model in models:
-    losses[model.name] = loss(load(model))
-    logging.info("%s: loss on held-out data %.5f", model.name, losses[model.name])
-  order = sorted(models, key=lambda model: losses[model.name])
-  taken, soup = [order[0].name], load(order[0])
-  best = losses[order[0].name]
-  for model in order[1:]:
+  for name in names:
+    losses[name] = loss(load(name))
+    logging.info("%s: loss on held-out data %.5f", name, losses[name])
+  order = sorted((n for n in names if math.isfinite(losses[n])), key=losses.__getitem__)
+  if not order:
+    raise UserError(f"no model of {', '.join(names)} has a loss that is finite.")
+  taken, made, best = order[:1], load(order[0]), losses[order[0]]
+  for name in order[1:]:
     share = 1 / (len(taken) + 1)
-    tried = jax.tree.map(lambda a, b, s=share: a + s * (b - a), soup, load(model))
+    tried = jax.tree.map(lambda a, b, s=share: a + s * (b - a), made, load(name))
     found = loss(tried)
-    verdict = "taken" if found <= best else "left out"
-    logging.info("with %s: %.5f, so it is %s", model.name, found, verdict)
-    if found <= best:
-      soup, best = tried, found
-      taken.append(model.name)
-  if not math.isfinite(best):
-    raise UserError(f"no model of {', '.join(stage.of)} has a loss that is finite.")
-  return soup, [(m.name in taken) / len(taken) for m in models], {**losses, "average": best}
+    good = found <= best
+    logging.info("with %s: %.5f, so it is %s", name, found, "taken" if good else "left out")
+    if good:
+      made, best = tried, found
+      taken.append(name)
+  return made, taken, {**losses, "average": best}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class LoraTask:
     shapes = parameters.flatten(state_lib.param_shapes(task))
     self.kernels = tuple(sorted(parameters.matching(config.kernels, list(shapes), "lora.kernels")))
     for name in self.kernels:
-      if not name.endswith("/kernel") or len(shapes[name].shape) < 2:
+      if name.split("/")[-1] != "kernel" or len(shapes[name].shape) < 2:
         raise UserError(f'lora.kernels takes in "{name}", which is no matrix: name kernels only.')
 
   def __getattr__(self, name: str) -> Any:
