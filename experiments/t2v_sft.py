@@ -12,8 +12,8 @@ differ in their learning rate, in their data and in what they start from are ave
 The paper gives the cosine schedule, the lengths and rates, the 512 GPUs ("small batch") and that
 such models are averaged; learning rates, steps, number of models and their weights are ours.
 
-Behind the colon, "toy": the same recipe on Marbles, a 4-core CPU and what the quickstart has left in
-runs/quickstart. Time and accuracies: docs/numbers.md, "Finetuning and averages".
+Behind the colon, "toy": the same recipe on Marbles, a 4-core CPU and what the quickstart has left
+in runs/quickstart. Time and accuracies: docs/numbers.md, "Finetuning and averages".
 """
 
 from mgen_jax import config
@@ -91,8 +91,11 @@ def _full():
     datasets={
       "sft_16s": {"videos": "data/sft", "fps": 16.0, "min_seconds": 16.0, "held_out": 0.01},
       "sft_10s": {
-        **{"videos": "data/sft", "fps": 24.0, "held_out": 0.01},
-        **{"min_seconds": FRAMES / 24, "max_seconds": 16.0},
+        "videos": "data/sft",
+        "fps": 24.0,
+        "held_out": 0.01,
+        "min_seconds": FRAMES / 24,
+        "max_seconds": 16.0,
       },
     },
     stages={
@@ -154,7 +157,11 @@ TOY_GENERATOR = {
 def _toy():
   bucket = "16x64x64"
   marbles = {
-    **{"clips": 1200, "sizes": ((64, 64),), "frames": (16, 24), "sound": False, "world": WORLD},
+    "clips": 1200,
+    "sizes": ((64, 64),),
+    "frames": (16, 24),
+    "sound": False,
+    "world": WORLD,
   }
   both = {"encode_long": {"weight": 0.5}, "encode_short": {"weight": 0.5}}
   by_size = {"encode_long": {}, "encode_short": {}}
@@ -187,7 +194,9 @@ def _toy():
       "average": {**_averages(), "task": TOY_GENERATOR},
       "soup": {
         **_averages(),
-        **{"task": TOY_GENERATOR, "method": "greedy", "validation": "sft_a"},
+        "task": TOY_GENERATOR,
+        "method": "greedy",
+        "validation": "sft_a",
       },
       **{
         f"evaluate_{name}": {**judge, "generator": name}

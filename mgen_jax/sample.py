@@ -228,8 +228,8 @@ def trained_buckets(work: Workdir, name: str, buckets: Sequence[str]) -> dict[Bu
 
 
 def frame_rate(work: Workdir, name: str) -> float:
-  """Frames per second of the videos that a stage learns from (of a mixture, those of the first of
-  its sets of data; of that, the median)."""
+  """Frames per second of the videos that a stage learns from (of several sets of data, those of the
+  first by name; of that, the median)."""
   data = config_lib.data_of(work.experiment, config_lib.latents_of(work.experiment, name))
   if data.fps is not None:
     return data.fps
@@ -454,6 +454,7 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_integer("samples", 1, "For each prompt, with seeds from --seed on.", **to)
   flags.DEFINE_string("aspect", None, "Width:height, like 5:3, one that was trained.", **to)
   flags.DEFINE_integer("frames", None, "Length, one that was trained; 1: an image.", **to)
+  flags.DEFINE_float("fps", None, "Frames per second to draw at; default: the data's.", 0.0, **to)
   flags.DEFINE_string("mesh", None, "Like context=4,tensor=2; default: a sample a device.", **to)
   define_sampler_flags(values)
 
@@ -481,6 +482,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   sampler_from_flags(values, SamplerConfig())  # faults before the model is read
   mesh = None if values.mesh is None else mesh_lib.parse(values.mesh)
   generator = Generator.load(work, values.stage, mesh=mesh)
+  generator.fps = values.fps or generator.fps
   bucket = choose_bucket(generator.trained, values.frames, values.aspect)
   sampler = sampler_from_flags(values, generator.task.config.sampler)
   logging.info(

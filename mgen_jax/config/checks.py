@@ -128,6 +128,11 @@ def _check_train(made: Experiment, name: str, stage: TrainStage, before: tuple[s
         f"{stage.task.name}."
       )
     stage.task.check_origin(origin.task, path)
+  if stage.lora.rank and stage.init_from is None and stage.init_weights is None:
+    raise ConfigError(
+      f"{path}.lora is on, and the stage starts from random parameters: set init_from, as adapters "
+      "change a model that has learned."
+    )
   if stage.init_weights is not None:
     if stage.init_from is not None:
       raise ConfigError(f"{path}.init_from and {path}.init_weights are both set: unset one.")
