@@ -1,11 +1,13 @@
 """A sweep prints commands that can be run, and runs none."""
 
+import pathlib
+import re
 import shlex
 
 import pytest
 from absl import flags
 
-from mgen_jax import sweep
+from mgen_jax import average, sample, sweep
 from mgen_jax.errors import UserError
 
 CONFIG = "tests/tiny.py"
@@ -60,3 +62,18 @@ def test_commas_in_brackets_belong_to_a_value():
 def test_what_cannot_be_run_is_refused(capsys, arguments, words):
   with pytest.raises(UserError, match=words):
     printed(capsys, f"--config={CONFIG}", *arguments)
+
+
+def test_the_commands_of_the_guide_can_be_run(capsys):
+  """Those of sweep are run; those of the others have flags that exist."""
+  guide = (pathlib.Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+  found = re.findall(r"^python -m mgen_jax\.(\w+) (.*)$", guide, re.MULTILINE)
+  assert {name for name, _ in found} == {"average", "sample", "sweep"}
+  for name, text in found:
+    arguments = shlex.split(text)
+    if name == "sweep":
+      assert len(printed(capsys, *arguments)) == 4
+    else:
+      values = flags.FlagValues()
+      {"average": average, "sample": sample}[name].define_flags(values)
+      assert values([name, *arguments]) == [name]
