@@ -19,7 +19,7 @@ from absl import flags, logging
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from mgen_jax import cli, compilation_cache, encode, evaluate, ingest, reconstruct, schema
+from mgen_jax import average, cli, compilation_cache, encode, evaluate, ingest, reconstruct, schema
 from mgen_jax import config as config_lib
 from mgen_jax.errors import UserError
 from mgen_jax.training import runner
@@ -41,6 +41,7 @@ _CACHE = flags.DEFINE_string(
 RUNNERS = {
   "ingest": ingest.run,
   "train": runner.run,
+  "average": average.run,
   "encode": encode.run,
   "evaluate": evaluate.run,
   "reconstruct": reconstruct.run,

@@ -23,9 +23,19 @@ from mgen_jax.errors import UserError
 CONFIG_NAME = "config.json"
 
 # Keys of a stage that may change between an interrupted run and the one that continues it: they
-# do not change what is learned (or, for `steps`, only how long).
+# do not change what is learned (or, for `steps`, only how long). Batches and sets of data may
+# change in steps to come: the checkpoint knows the order of what was drawn so far, and guards it.
 FREE_KEYS = (
-  *("steps", "log_every", "validate_every", "validate_batches", "checkpoint_every", "keep"),
+  *(
+    "steps",
+    "batch_changes",
+    "mixture",
+    "log_every",
+    "validate_every",
+    "validate_batches",
+    "checkpoint_every",
+    "keep",
+  ),
   *("threads", "workers", "mesh", "show"),
 )
 
@@ -142,9 +152,17 @@ class Workdir:
           "--stage, or that stage first."
         )
       made_from[name] = hashlib.sha256(json.dumps(done, sort_keys=True).encode()).hexdigest()[:16]
+    config, data = experiment.stages[stage], None
+    if isinstance(config, config_lib.AverageStage):
+      for entry in config.of:
+        done = Path(entry.partition("@")[0]) / "done.json"
+        if "/" in entry and done.exists():  # of another run, which may change
+          made_from[entry] = hashlib.sha256(done.read_bytes()).hexdigest()[:16]
+    if not isinstance(config, config_lib.AverageStage):
+      data = schema.to_plain(config_lib.data_of(experiment, stage))
     identity = {
       "seed": experiment.seed,
-      "data": schema.to_plain(experiment.data),
+      "data": data,
       "stage": plain,
       "made_from": made_from,
     }
@@ -169,7 +187,7 @@ class Workdir:
 
 
 def last_trained(work: Workdir, *names: str) -> str:
-  """The last finished train stage of one of the tasks `names`.
+  """The last finished train or average stage of one of the tasks `names`.
 
   Raises:
     UserError: there is none.
@@ -177,7 +195,7 @@ def last_trained(work: Workdir, *names: str) -> str:
   for name in reversed(work.experiment.recipe):
     config = work.experiment.stages[name]
     if (
-      isinstance(config, config_lib.TrainStage)
+      isinstance(config, config_lib.TrainStage | config_lib.AverageStage)
       and config.task.name in names
       and work.done_record(name) is not None
     ):

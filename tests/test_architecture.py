@@ -20,7 +20,10 @@ BELOW_TRAINING = BELOW_TASKS | {"tasks", "config", "workdir"}
 LIBRARY = BELOW_TRAINING | {
   *("training", "coding", "planning", "evaluation", "cli", "compilation_cache"),
 }
-COMMANDS = {"main", "ingest", "plan", "encode", "sample", "evaluate", "reconstruct", "convert"}
+COMMANDS = {
+  *("main", "ingest", "plan", "encode", "sample", "evaluate", "reconstruct", "convert"),
+  *("average", "sweep"),
+}
 
 # Part of mgen_jax -> the other parts that it may import. A part may always import itself.
 MAY_IMPORT = {

@@ -2,7 +2,8 @@
 
 A run starts in one of three ways, tried in this order:
   1. this stage has a checkpoint: continue from it, bit for bit, data order included;
-  2. the stage says `init_from` another: start at step 0 from that stage's averaged parameters;
+  2. the stage says `init_from` another: start at step 0 from that stage's averaged parameters,
+     fitted to this one's model (`start.py`);
   3. else: start at step 0 from random parameters.
 
 Not here: what is learned (`tasks/`), the step itself (`step.py`), what a stage is (`runner.py`).
@@ -23,6 +24,7 @@ from mgen_jax.data.buckets import Bucket
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel import rules
 from mgen_jax.tasks.base import Task
+from mgen_jax.training import lora, parameters, plateau, validation
 from mgen_jax.training import metrics as metrics_lib
 from mgen_jax.training import optimizer as optimizer_lib
 from mgen_jax.training import state as state_lib
@@ -52,6 +54,7 @@ class Stream(NamedTuple):
   batch_sizes: Mapping[Bucket, int]  # global
   open: Callable[[int], Batches]  # from a step on
   validation: Callable[[], Iterator[Rows]]  # held out, finite, always the same
+  changed_sizes: tuple[Mapping[Bucket, int], ...] = ()  # global batches of later steps
 
 
 def train(
@@ -94,8 +97,10 @@ def train(
     stack.enter_context(mesh_lib.use(mesh))
     stop = stack.enter_context(StopSignal())
     checkpoints = stack.enter_context(Checkpoints(f"{folder}/checkpoints", keep=config.keep))
-    optimizer, shapes, layout, train_step = make_program(task, config, mesh, seed)
-    validate = step_lib.make_validation(task, seed=seed)
+    task = lora.wrap(task, config.lora)
+    optimizer, shapes, layout, train_step, contents = make_program(task, config, mesh, seed)
+    validate = validation.Validator(task, mesh, seed=seed, bins=config.validate_bins)
+    observe = jax.jit(plateau.observe, static_argnums=2, out_shardings=layout.plateau)
 
     extra = () if frozen is None else (frozen,)
 
@@ -107,10 +112,11 @@ def train(
       seconds_before = restored.meta["seconds"]
       logging.info("stage %s continues from step %d of %d", name, start, config.steps)
     else:
+      load_initial = lora.starting(task, load_initial, seed)
       initial = load_initial(shapes.params, layout.params) if load_initial else None
-      state = state_lib.initialise(task, optimizer, layout, seed, initial)
+      state = state_lib.initialise(task, optimizer, layout, seed, initial, contents)
 
-    rows_of = batch_shapes(task, stream.batch_sizes, mesh)
+    rows_of, put = shapes_by_size(task, stream, mesh), putter(task, stream, mesh)
     batches = stack.enter_context(contextlib.closing(stream.open(start)))
     if start:
       _check_data(restored.data, batches, checkpoints.folder)
@@ -129,11 +135,11 @@ def train(
       last = step == config.steps
       signum = stop.received(step, config.log_every)
       if step > start and _due(step, config.validate_every, last):
-        losses = [
-          validate(state.ema, _to_devices(rows, rows_of[bucket]), index, *extra)
-          for index, (bucket, rows) in enumerate(stream.validation())
-        ]
-        metrics.write(step, {"validation_loss": float(np.mean(jax.device_get(losses)))})
+        found = validate(state_lib.averaged(state), stream.validation(), put, *extra)
+        metrics.write(step, found)
+        if contents.plateau:
+          loss = np.float32(found[validation.LOSS])
+          state = state.replace(plateau=observe(state.plateau, loss, config.optimizer.plateau))
       if step > saved and (_due(step, config.checkpoint_every, last) or signum):
         meter.flush()  # stops here rather than save a state that went wrong
         data = {"step": step, "seed": seed, "fingerprint": batches.fingerprint}
@@ -147,8 +153,11 @@ def train(
         break
       with meter.waiting():
         bucket, rows = next(batches)
-      state, values = train_step[bucket](state, _to_devices(rows, rows_of[bucket]), *extra)
-      meter.after(step + 1, bucket, stream.batch_sizes[bucket], values)
+      examples = _examples(rows)
+      state, values = train_step[bucket, examples](state, put(bucket, rows), *extra)
+      meter.after(step + 1, bucket, examples, values)
+  if config.validate_every and jax.process_index() == 0:
+    validation.draw(folder)
   return seconds_before + time.perf_counter() - began
 
 
@@ -159,14 +168,24 @@ class Program(NamedTuple):
   shapes: state_lib.TrainState  # of the state
   layout: state_lib.TrainState  # its shardings
   train_step: Callable[..., Any]  # from `step.make_train_step`
+  contents: state_lib.Contents  # of the state
 
 
 def make_program(task: Task, config: TrainStage, mesh: jax.sharding.Mesh, seed: int) -> Program:
   """The train step of a stage on a mesh, which may be one of devices that are not here."""
-  optimizer = optimizer_lib.make_optimizers(
-    config.optimizer, config.optimizers, state_lib.untrained_parts(task), config.steps
+  task = lora.wrap(task, config.lora)
+  untrained = state_lib.untrained_parts(task)
+  names = list(parameters.flatten(state_lib.param_shapes(task)))
+  frozen = parameters.matching(config.frozen, names, "frozen") | parameters.matching(
+    untrained, names, "untrained"
   )
-  layout = state_lib.shardings(task, optimizer, mesh)
+  contents = state_lib.Contents(
+    frozen, ema=config.ema != "off", plateau=config.optimizer.schedule == "plateau"
+  )
+  optimizer = optimizer_lib.make_optimizers(
+    config.optimizer, config.optimizers, untrained, config.steps, frozen
+  )
+  layout = state_lib.shardings(task, optimizer, mesh, contents)
   train_step = step_lib.make_train_step(
     task,
     optimizer,
@@ -174,9 +193,11 @@ def make_program(task: Task, config: TrainStage, mesh: jax.sharding.Mesh, seed: 
     layout,
     seed=seed,
     passes=lambda examples: config.passes(examples, mesh_lib.batch_shards(mesh)),
-    ema_decay=config.ema_decay,
+    ema_decay=step_lib.ema_decay(config),
+    contents=contents,
   )
-  return Program(optimizer, state_lib.shapes(task, optimizer), layout, train_step)
+  shapes = state_lib.shapes(task, optimizer, contents)
+  return Program(optimizer, shapes, layout, train_step, contents)
 
 
 def _due(step: int, every: int, last: bool) -> bool:
@@ -199,8 +220,32 @@ def batch_shapes(
   }
 
 
+def shapes_by_size(
+  task: Task, stream: Stream, mesh: jax.sharding.Mesh
+) -> dict[tuple[Bucket, int], dict[str, jax.ShapeDtypeStruct]]:
+  """`batch_shapes` by bucket and number of examples: a stage may change its batches."""
+  return {
+    (bucket, sizes[bucket]): shapes
+    for sizes in (stream.batch_sizes, *stream.changed_sizes)
+    for bucket, shapes in batch_shapes(task, sizes, mesh).items()
+  }
+
+
+def putter(
+  task: Task, stream: Stream, mesh: jax.sharding.Mesh
+) -> Callable[[Bucket, Mapping[str, np.ndarray]], dict[str, jax.Array]]:
+  """A function of a bucket and this host's rows of a batch to the batch on the devices."""
+  shapes = shapes_by_size(task, stream, mesh)
+  return lambda bucket, rows: _to_devices(rows, shapes[bucket, _examples(rows)])
+
+
+def _examples(rows: Mapping[str, np.ndarray]) -> int:
+  """Of the global batch that these rows of one host are part of."""
+  return len(next(iter(rows.values()))) * jax.process_count()
+
+
 def _to_devices(
-  rows: dict[str, np.ndarray], shapes: Mapping[str, jax.ShapeDtypeStruct]
+  rows: Mapping[str, np.ndarray], shapes: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
   """This host's rows of a batch as parts of global arrays, split over the batch axes."""
   return {

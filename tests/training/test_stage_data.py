@@ -1,5 +1,6 @@
 """What a train stage draws from: every bucket with enough clips, and a sentence for the others."""
 
+import contextlib
 import itertools
 
 import jax
@@ -68,7 +69,7 @@ def test_small_buckets_are_left_out_or_repeat_where_asked(open_stage, caplog):
   assert "8x32x48 has 3 examples for a batch of 8 and is left out" in caplog.text
   assert "share of steps" in caplog.text  # the table, before anything is compiled
   stream = open_stage(small_buckets="repeat")
-  with stream.open(0) as batches:
+  with contextlib.closing(stream.open(0)) as batches:
     assert {next(batches)[0].name for _ in range(6)} == {"1x32x32", "4x32x32", "8x32x48"}
   with pytest.raises(UserError, match=r"no bucket .* has enough clips"):
     open_stage(small_buckets="leave_out", buckets={"b8x32x48": {"batch": 8}})
@@ -81,7 +82,7 @@ def test_batches_and_steps_follow_tokens_and_the_share_of_images(open_stage):
   )  # fmt: skip
   sizes = {bucket.name: size for bucket, size in stream.batch_sizes.items()}
   assert sizes["1x32x32"] >= sizes["4x32x32"] > sizes["8x32x48"]
-  with stream.open(0) as batches:
+  with contextlib.closing(stream.open(0)) as batches:
     drawn = [next(batches) for _ in range(30)]
   assert sum(bucket.is_image for bucket, _ in drawn) == 10
   assert all(len(rows["video"]) == stream.batch_sizes[bucket] for bucket, rows in drawn)
