@@ -15,11 +15,14 @@ from concurrent import futures
 from pathlib import Path
 from typing import Any, Literal
 
+from absl import logging
+
 from mgen_jax.data import listing, media, tables, tars
 from mgen_jax.data.files import write_text_atomic
 from mgen_jax.errors import UserError
 
 SCHEMA_VERSION = 1
+CAPTIONS_NAME = listing.CAPTIONS_NAME  # what a folder made for `scan` should hold
 INDEX_NAME = "index.jsonl"
 SUMMARY_NAME = "summary.json"
 _LISTED_BAD_FILES = 20
@@ -177,7 +180,7 @@ def scan(
   if not root.is_dir():
     raise UserError(f"the folder of videos {root} does not exist; give the path of a folder.")
   if (root / INDEX_NAME).exists():
-    return _curated(root.resolve())
+    return _indexed(root.resolve())
   listed = _list(root.resolve(), caption_key, unpack_to)
   root, bad = listed.root, listed.bad
   if not listed.files:
@@ -235,8 +238,8 @@ def _with_summary(
   return dataclasses.replace(index, summary=summary)
 
 
-def _curated(root: Path) -> Index:
-  """The index that stands in the folder of its clips: curation has looked at them all."""
+def _indexed(root: Path) -> Index:
+  """The index that stands in the folder of its clips, which an earlier look at them has left."""
   index = dataclasses.replace(load(root), folder=root)
   for clip in index.clips:
     path = (root / (clip.archive or clip.path)).resolve()
@@ -253,7 +256,9 @@ def _curated(root: Path) -> Index:
 def _list(root: Path, caption_key: str | None, unpack_to: Path | None) -> listing.Listing:
   """Files and clips in tars; where none of them has a caption, clips of tables."""
   listed = listing.folder(root, caption_key)
-  for path in tars.find(root):
+  archives = tars.find(root)
+  for number, path in enumerate(archives, start=1):
+    logging.log_every_n(logging.INFO, "listing tar %d of %d, %s", 20, number, len(archives), path)
     listed.add(tars.members(root, path, caption_key))
   if not listed.found and (found := tables.find(root)):
     return tables.clips(root, found, caption_key, unpack_to)

@@ -71,6 +71,8 @@ class Stream(Iterator[tuple[Bucket, Batch]]):
     # is half taken down, prints errors.
     self._iterator = [iter(dataset)]
     self._close = weakref.finalize(self, _close_all, self._iterator)
+    # Now, and not at the first `next`: workers start and decode while the programs are compiled.
+    self._iterator[0].start_prefetch()
 
   def __next__(self) -> tuple[Bucket, Batch]:
     if not self._iterator:

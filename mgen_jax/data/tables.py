@@ -69,7 +69,8 @@ def clips(root: Path, tables: Sequence[str], caption_key: str | None, out: Path 
     UserError: pyarrow is missing, a table cannot be read, or its columns are not understood.
   """
   listed, held = Listing(root), {}
-  for name in tables:
+  for number, name in enumerate(tables, start=1):
+    logging.info("reading table %d of %d, %s", number, len(tables), name)
     for row, source, caption in _rows(root, name, caption_key):
       listed.files += 1
       where = f"row {row} of {root / name}"

@@ -145,7 +145,7 @@ def test_compressed_tars_and_wrong_keys_are_refused_in_a_sentence(plain, tmp_pat
 
 
 def test_a_folder_with_an_index_of_its_own_is_taken_as_that_says(plain, tmp_path):
-  """What curation leaves: its split, its choice of clips; the folder may have moved."""
+  """Its split, its choice of clips; the folder may have moved."""
   for name, data in contents(plain).items():
     (tmp_path / name).write_bytes(data)
   every = ingest.scan(tmp_path, held_out=0.5)

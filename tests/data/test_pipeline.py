@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -233,6 +234,18 @@ def test_a_transform_sees_the_same_randomness_everywhere(sources):
     ):
       rows = len(full["noise"]) // 2
       np.testing.assert_array_equal(part["noise"], full["noise"][p * rows : (p + 1) * rows])
+
+
+def test_reading_begins_when_a_stream_is_opened(sources):
+  """So that the first batches are there when the programs are compiled."""
+  read = threading.Event()
+
+  def transform(example, rng):
+    read.set()
+    return {"value": example["value"]}
+
+  with make_stream(sources, batch_sizes=BATCHES, seed=0, transform=transform):
+    assert read.wait(timeout=30)
 
 
 def test_the_wait_for_each_batch_is_known(sources):
