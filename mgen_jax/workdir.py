@@ -106,8 +106,11 @@ class Workdir:
     path = self.folder(stage) / "stage.json"
     now = self._identity(stage)
     if path.exists():
-      self._check_same(stage, read_json(path), now)
-    elif jax.process_index() == 0:
+      before = read_json(path)
+      self._check_same(stage, before, now)
+      # A set of data that a stage reads from a later step on may have come since.
+      now["made_from"] = {**before["made_from"], **now["made_from"]}
+    if jax.process_index() == 0:
       path.parent.mkdir(parents=True, exist_ok=True)
       files.write_text_atomic(path, json.dumps(now, indent=2) + "\n")
 
@@ -170,6 +173,12 @@ class Workdir:
 
   def _check_same(self, stage: str, before: dict[str, Any], now: dict[str, Any]) -> None:
     changed = config_lib.differences(before, now)
+    # What a stage reads follows from its config, so an input that came or went is no fault itself.
+    changed = {
+      key: pair
+      for key, pair in changed.items()
+      if not (key.startswith("made_from.") and None in pair)
+    }
     if not changed:
       return
     folder = self.folder(stage)
