@@ -169,9 +169,9 @@ def _toy():
     "ema_decay": 0.98, "log_every": 25, "validate_every": 50, "checkpoint_every": 100,
   }  # fmt: skip
   muon = {"name": "muon", "b2": 0.98, "end_factor": 0.02}
-  rates = ({**muon, "lr": 5e-4, "muon_lr": 4e-3}, {**muon, "lr": 1e-3, "muon_lr": 8e-3})
+  rates = ({**muon, "lr": 1e-3, "muon_lr": 8e-3}, {**muon, "lr": 1.5e-3, "muon_lr": 0.012})
   train = (200, {f"b{bucket}": {"batch": 32}})
-  judge = {"kind": "evaluate", "bucket": bucket}
+  judge = {"kind": "evaluate", "bucket": bucket, "prompts": 192}
   before = "runs/quickstart"
   return config.experiment(
     name="t2v_sft_toy",
