@@ -164,14 +164,14 @@ def _toy():
     "world": WORLD,
   }
   both = {"encode_long": {"weight": 0.5}, "encode_short": {"weight": 0.5}}
-  by_size = {"encode_long": {}, "encode_short": {}}
+  shorter = {"encode_long": {"weight": 0.25}, "encode_short": {"weight": 0.75}}
   common = {
     "ema_decay": 0.98, "log_every": 25, "validate_every": 50, "checkpoint_every": 100,
   }  # fmt: skip
   muon = {"name": "muon", "b2": 0.98, "end_factor": 0.02}
-  rates = ({**muon, "lr": 5e-4, "muon_lr": 4e-3}, {**muon, "lr": 1e-3, "muon_lr": 8e-3})
+  rates = ({**muon, "lr": 1e-3, "muon_lr": 8e-3}, {**muon, "lr": 1.5e-3, "muon_lr": 0.012})
   train = (200, {f"b{bucket}": {"batch": 32}})
-  judge = {"kind": "evaluate", "bucket": bucket}
+  judge = {"kind": "evaluate", "bucket": bucket, "prompts": 192}
   before = "runs/quickstart"
   return config.experiment(
     name="t2v_sft_toy",
@@ -189,7 +189,7 @@ def _toy():
       "encode_long": {"kind": "encode", "ingest": "ingest_long", "buckets": (bucket,)},
       "encode_short": {"kind": "encode", "ingest": "ingest_short", "buckets": (bucket,)},
       "sft_a": _sft(TOY_GENERATOR, "pretrained", rates[0], *train, both, **common),
-      "sft_b": _sft(TOY_GENERATOR, "pretrained", rates[1], *train, by_size, **common),
+      "sft_b": _sft(TOY_GENERATOR, "pretrained", rates[1], *train, shorter, **common),
       "sft_c": _sft(TOY_GENERATOR, "pretrained_early", rates[0], *train, both, **common),
       "average": {**_averages(), "task": TOY_GENERATOR},
       "soup": {

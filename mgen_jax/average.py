@@ -14,6 +14,7 @@ Checkpoints are read tensor by tensor: besides the result, one tensor of one of 
 (of a model with adapters, all of it; the greedy method holds two models).
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -131,30 +132,28 @@ def _weighted(
   """sum of share x parameters, tensor by tensor, in fp32 on the mesh."""
   shapes = state_lib.param_shapes(task)
   wanted = parameters.flatten(state_lib.with_layout(shapes, state_lib.param_shardings(task, mesh)))
-  readers = [_reader(model, mesh) for model in models]
   made = {}
-  for tensor, leaf in wanted.items():
-    # first + sum of share x (each - first): models that agree are their own average, to the bit.
-    first = mean = readers[0](tensor, leaf)
-    for reader, share in zip(readers[1:], shares[1:], strict=True):
-      mean = mean + share * (reader(tensor, leaf) - first)
-    made[tensor] = mean
+  with contextlib.ExitStack() as stack:
+    readers = [_reader(model, mesh, stack) for model in models]
+    for tensor, leaf in wanted.items():
+      # first + sum of share x (each - first): models that agree are their own average, to the bit.
+      first = mean = readers[0](tensor, leaf)
+      for reader, share in zip(readers[1:], shares[1:], strict=True):
+        mean = mean + share * (reader(tensor, leaf) - first)
+      made[tensor] = mean
   return parameters.unflatten(made)
 
 
 def _reader(
-  model: Model, mesh: jax.sharding.Mesh
+  model: Model, mesh: jax.sharding.Mesh, stack: contextlib.ExitStack
 ) -> Callable[[str, jax.ShapeDtypeStruct], jax.Array]:
   """A function of a tensor's name, and its shape and place, to the tensor."""
   if isinstance(model.task, lora.LoraTask):
     flat = parameters.flatten(start.read(model.folder, mesh, step=model.step)[1])
     return lambda tensor, leaf: flat[tensor]
-
-  def read(tensor: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    with Checkpoints(str(model.folder / "checkpoints"), read_only=True) as checkpoints:
-      return checkpoints.restore_tensors({tensor: leaf}, model.step)[tensor]
-
-  return read
+  folder = str(model.folder / "checkpoints")
+  checkpoints = stack.enter_context(Checkpoints(folder, read_only=True))
+  return lambda tensor, leaf: checkpoints.restore_tensors({tensor: leaf}, model.step)[tensor]
 
 
 def _greedy(

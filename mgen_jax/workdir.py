@@ -26,17 +26,8 @@ CONFIG_NAME = "config.json"
 # do not change what is learned (or, for `steps`, only how long). Batches and sets of data may
 # change in steps to come: the checkpoint knows the order of what was drawn so far, and guards it.
 FREE_KEYS = (
-  *(
-    "steps",
-    "batch_changes",
-    "mixture",
-    "log_every",
-    "validate_every",
-    "validate_batches",
-    "checkpoint_every",
-    "keep",
-  ),
-  *("threads", "workers", "mesh", "show"),
+  *("steps", "batch_changes", "mixture", "log_every", "validate_every", "validate_batches"),
+  *("checkpoint_every", "keep", "threads", "workers", "mesh", "show"),
 )
 
 
@@ -106,8 +97,11 @@ class Workdir:
     path = self.folder(stage) / "stage.json"
     now = self._identity(stage)
     if path.exists():
-      self._check_same(stage, read_json(path), now)
-    elif jax.process_index() == 0:
+      before = read_json(path)
+      self._check_same(stage, before, now)
+      # A set of data that a stage reads from a later step on may have come since.
+      now["made_from"] = {**before["made_from"], **now["made_from"]}
+    if jax.process_index() == 0:
       path.parent.mkdir(parents=True, exist_ok=True)
       files.write_text_atomic(path, json.dumps(now, indent=2) + "\n")
 
@@ -155,10 +149,10 @@ class Workdir:
     config, data = experiment.stages[stage], None
     if isinstance(config, config_lib.AverageStage):
       for entry in config.of:
-        done = Path(entry.partition("@")[0]) / "done.json"
-        if "/" in entry and done.exists():  # of another run, which may change
-          made_from[entry] = hashlib.sha256(done.read_bytes()).hexdigest()[:16]
-    if not isinstance(config, config_lib.AverageStage):
+        path = Path(entry.partition("@")[0]) / "done.json"
+        if "/" in entry and path.exists():  # of another run, which may change
+          made_from[entry] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    else:
       data = schema.to_plain(config_lib.data_of(experiment, stage))
     identity = {
       "seed": experiment.seed,
@@ -170,6 +164,12 @@ class Workdir:
 
   def _check_same(self, stage: str, before: dict[str, Any], now: dict[str, Any]) -> None:
     changed = config_lib.differences(before, now)
+    # What a stage reads follows from its config, so an input that came or went is no fault itself.
+    changed = {
+      key: pair
+      for key, pair in changed.items()
+      if not (key.startswith("made_from.") and None in pair)
+    }
     if not changed:
       return
     folder = self.folder(stage)

@@ -13,7 +13,6 @@ from mgen_jax.config import LoraConfig
 from mgen_jax.errors import ConfigError, UserError
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.training import lora, parameters, runner, start
-from mgen_jax.training import optimizer as optimizer_lib
 from mgen_jax.training import state as state_lib
 from mgen_jax.training.checkpoint import Checkpoints
 from mgen_jax.workdir import CONFIG_NAME, Workdir
@@ -117,11 +116,12 @@ def test_it_is_sampled_evaluated_and_started_from(averaged):
 def test_adapters_are_merged_for_good(run):
   stage = dataclasses.replace(run.experiment.stages["t2v"], lora=LoraConfig(rank=2))
   wrapped = lora.wrap(tasks.make(stage.task), stage.lora)
-  optimizer = optimizer_lib.make_optimizers(stage.optimizer, {}, ("base",), 6)
-  key = jax.random.key(5)
-  state = jax.jit(lambda: state_lib.create(wrapped, optimizer, key))()
-  noise = lambda x: x + 0.1 * jax.random.normal(key, x.shape)  # noqa: E731
-  state = state.replace(ema={**state.ema, "lora": jax.tree.map(noise, state.ema["lora"])})
+  rng = np.random.default_rng(5)
+  params = jax.tree.map(
+    lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype), state_lib.param_shapes(wrapped)
+  )
+  # As a state has it: what is held has no average.
+  state = {"params": params, "ema": {"lora": params["lora"]}}
   meta = {
     "experiment": "tiny", "stage": "adapted", "task": schema.to_plain(stage.task),
     "lora": schema.to_plain(stage.lora), "latents": untrained.LATENTS, "buckets": ["4x32x32"],
@@ -129,11 +129,11 @@ def test_adapters_are_merged_for_good(run):
   with Checkpoints(str(run.root / "adapted" / "checkpoints")) as checkpoints:
     checkpoints.save(6, state, {}, meta)
   found = make(run, "merged", of=(str(run.root / "adapted"),))
-  wanted = parameters.flatten(jax.device_get(wrapped.merged(state.ema)))
+  wanted = parameters.flatten(jax.device_get(wrapped.merged(params)))
   changed = 0
   for name, value in found.items():
-    np.testing.assert_allclose(value, wanted[name], rtol=1e-6)
-    before = parameters.flatten(jax.device_get(state.ema["base"]))[name]
+    np.testing.assert_allclose(value, wanted[name], rtol=1e-5, atol=1e-5)
+    before = parameters.flatten(params["base"])[name]
     changed += int(not np.array_equal(value, before))
   assert changed == len(wrapped.kernels) == 8
 

@@ -64,31 +64,36 @@ class MixtureSource:
 
 
 class EvenMixture:
-  """The same examples for evaluation: one from each source in turn, each once, the longest last.
+  """The same examples for evaluation: one from each source in turn, until each has come once.
 
   So the first batches, which are all that a validation looks at, have something of every source.
   """
 
   def __init__(self, parts: Sequence[Source]):
     self.parts = [part for part in parts if len(part)]
-    longest = max(map(len, self.parts), default=0)
-    self._order = [
-      (part, index)
-      for index in range(longest)
-      for part, source in enumerate(self.parts)
-      if index < len(source)
-    ]
     self.digest = sha256([part.digest for part in self.parts])
 
   def __len__(self) -> int:
-    return len(self._order)
+    return sum(map(len, self.parts))
+
+  def place(self, index: int) -> tuple[int, int]:
+    """Which part, of those with examples, and which of its examples."""
+    turn, left = 0, index  # turns that all parts in `still` take, and what is left of the index
+    still = range(len(self.parts))
+    while True:
+      until = min(len(self.parts[part]) for part in still)  # one of them ends there
+      if left < (until - turn) * len(still):
+        return still[left % len(still)], turn + left // len(still)
+      left -= (until - turn) * len(still)
+      turn = until
+      still = [part for part in still if len(self.parts[part]) > until]
 
   def example(self, index: int, rng: np.random.Generator | None) -> Example:
-    part, inner = self._order[index]
+    part, inner = self.place(index)
     return self.parts[part].example(inner, rng)
 
   def name(self, index: int) -> str:
-    part, inner = self._order[index]
+    part, inner = self.place(index)
     return self.parts[part].name(inner)
 
 

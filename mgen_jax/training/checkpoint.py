@@ -58,6 +58,7 @@ class Checkpoints:
     }
     self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
     self._pending: int | None = None
+    self._shapes: dict[int, dict[str, tuple[int, ...]]] = {}  # of what was read here, by step
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -219,13 +220,16 @@ class Checkpoints:
     self._refuse_other(step, self._saved_shapes(step), _shapes_by_name(target))
 
   def _saved_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+    if step in self._shapes:
+      return self._shapes[step]
     try:
       tree = self._manager.item_metadata(step)["state"]
     except Exception as error:
       raise self._read_error(step, error) from error
     if tree is None:
       raise self._read_error(step, FileNotFoundError("its state is missing"))
-    return _shapes_by_name(tree)
+    self._shapes[step] = _shapes_by_name(tree)
+    return self._shapes[step]
 
   def _refuse_other(
     self, step: int, saved: Mapping[str, tuple], wanted: Mapping[str, tuple]

@@ -56,6 +56,10 @@ class Stream(NamedTuple):
   validation: Callable[[], Iterator[Rows]]  # held out, finite, always the same
   changed_sizes: tuple[Mapping[Bucket, int], ...] = ()  # global batches of later steps
 
+  def buckets(self) -> list[Bucket]:
+    """Of all steps, in order."""
+    return sorted({b for sizes in (self.batch_sizes, *self.changed_sizes) for b in sizes})
+
 
 def train(
   task: Task,

@@ -36,7 +36,7 @@ def run(work: Workdir, name: str) -> None:
     "task": schema.to_plain(stage.task),
     "lora": schema.to_plain(stage.lora),
     "latents": latents,
-    "buckets": [bucket.name for bucket in stream.batch_sizes],  # those that had examples
+    "buckets": [bucket.name for bucket in stream.buckets()],  # those that had examples
   }
   frozen = None
   if frozen_shapes(task, None) is not None:
