@@ -66,8 +66,8 @@ def run(work: Workdir, name: str, coder: Workdir | None = None) -> None:
     UserError: the media, the autoencoder or the disk cannot be used.
   """
   began = time.perf_counter()
-  stage, data = work.experiment.stages[name], work.experiment.data
-  index = ingest.load(work.folder(config_lib.ingest_of(work.experiment)))
+  stage, data = work.experiment.stages[name], config_lib.data_of(work.experiment, name)
+  index = ingest.load(work.folder(config_lib.ingest_of(work.experiment, name)))
   encode, digest = _make_encoder(coder or work, stage)
   if stage.folder is not None:
     _adopt(work, name, digest)
@@ -324,8 +324,9 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   origin = Workdir.open(values.autoencoder)
   coder = values.stage or last_trained(origin, "autoencoder")
   trained = origin.experiment.stages.get(coder)
-  if not isinstance(trained, config_lib.TrainStage) or trained.task.name != "autoencoder":
-    known = [n for n, s in origin.experiment.stages.items() if s.kind == "train"]
+  models = (config_lib.TrainStage, config_lib.AverageStage)
+  if not isinstance(trained, models) or trained.task.name != "autoencoder":
+    known = [n for n, s in origin.experiment.stages.items() if isinstance(s, models)]
     raise UserError(
       f"--stage={coder} is not a stage of {origin.root} that trains an autoencoder: "
       f"{suggest(coder, known)}"

@@ -21,6 +21,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from mgen_jax import (
+  average,
   cli,
   compilation_cache,
   distributed,
@@ -61,6 +62,7 @@ _CACHE = flags.DEFINE_string(
 RUNNERS = {
   "ingest": ingest.run,
   "train": runner.run,
+  "average": average.run,
   "encode": encode.run,
   "evaluate": evaluate.run,
   "reconstruct": reconstruct.run,

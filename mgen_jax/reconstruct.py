@@ -66,13 +66,13 @@ def run(work: Workdir, name: str) -> None:
     UserError: no held-out clip fits a bucket, or what an earlier stage left cannot be used.
   """
   began = time.perf_counter()
-  stage, data = work.experiment.stages[name], work.experiment.data
+  stage, data = work.experiment.stages[name], config_lib.data_of(work.experiment, name)
   mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.local_devices()[:1])
   with mesh_lib.use(mesh):
     loaded = {coder: runner.load_trained(work, coder, mesh)[:2] for coder in stage.autoencoders}
   if jax.process_index() != 0:
     return
-  index = ingest.load(work.folder(config_lib.ingest_of(work.experiment)))
+  index = ingest.load(work.folder(config_lib.ingest_of(work.experiment, name)))
   buckets = [parse_bucket(text) for text in stage.buckets]
   sources, _ = sources_lib.media_sources(
     index,
