@@ -26,17 +26,8 @@ CONFIG_NAME = "config.json"
 # do not change what is learned (or, for `steps`, only how long). Batches and sets of data may
 # change in steps to come: the checkpoint knows the order of what was drawn so far, and guards it.
 FREE_KEYS = (
-  *(
-    "steps",
-    "batch_changes",
-    "mixture",
-    "log_every",
-    "validate_every",
-    "validate_batches",
-    "checkpoint_every",
-    "keep",
-  ),
-  *("threads", "workers", "mesh", "show"),
+  *("steps", "batch_changes", "mixture", "log_every", "validate_every", "validate_batches"),
+  *("checkpoint_every", "keep", "threads", "workers", "mesh", "show", "fall_back", "guard"),
 )
 
 

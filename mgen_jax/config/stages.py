@@ -94,6 +94,27 @@ class EncodeStage:
 
 
 @dataclasses.dataclass(frozen=True)
+class GuardConfig:
+  """What becomes of a step whose loss or gradient is not finite, or is a spike.
+
+  Such a step never changes the state. The examples of its batch are logged (docs/reliability.md).
+  """
+
+  # "skip": go on after it; "roll_back": go back to a checkpoint and on with the data after it.
+  action: Literal["stop", "skip", "roll_back"] = "stop"
+  # A loss or gradient norm so many robust standard deviations above the median of the last 128 good
+  # steps is a spike; 0: only what is not finite is bad.
+  spike: float = 0.0
+  back: int = 0  # roll_back: to the newest checkpoint that is so many steps older
+  most: int = 10  # skipped steps in a row, or roll-backs of the stage, that stop the run
+
+  def __post_init__(self):
+    for name in ("spike", "back", "most"):
+      if getattr(self, name) < 0:
+        raise ConfigError(f"{name} is {getattr(self, name)}: it cannot be negative.")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainStage:
   """Trains a task for a number of steps."""
 
@@ -137,6 +158,8 @@ class TrainStage:
   validate_bins: int = 8
   checkpoint_every: int = 500
   keep: int = 2  # checkpoints
+  fall_back: bool = False  # go on from an older checkpoint where the newest one is damaged
+  guard: GuardConfig = GuardConfig()
   threads: int = 4  # that read and decode, on each host
   workers: int = 0  # processes that read and decode, on each host; 0: threads only
 

@@ -62,6 +62,9 @@ class Source(Protocol):
   def example(self, index: int, rng: np.random.Generator | None) -> Example:
     """Example `index`; `rng` decides what is random in it, None asks for none (evaluation)."""
 
+  def name(self, index: int) -> str:
+    """What example `index` was made from, for people who look for bad data."""
+
 
 class MediaSource:
   """Windows of the clips of an index, decoded when they are asked for.
@@ -91,6 +94,9 @@ class MediaSource:
 
   def __len__(self) -> int:
     return len(self.clips)
+
+  def name(self, index: int) -> str:
+    return self.clips[index].path
 
   def example(self, index: int, rng: np.random.Generator | None) -> Example:
     place = 0.5 if rng is None else rng.random()
@@ -175,6 +181,10 @@ class LatentSource:
   def __len__(self) -> int:
     return len(self.records)
 
+  def name(self, index: int) -> str:
+    record = self.records[index]
+    return f"{record.id} at {record.start:g} s" if record.fps else record.id
+
   def example(self, index: int, rng: np.random.Generator | None) -> Example:
     del rng
     record = self.records[index]
@@ -209,6 +219,9 @@ class JointSource:
   def __len__(self) -> int:
     return len(self.clips)
 
+  def name(self, index: int) -> str:
+    return self.clips.name(index)
+
   def example(self, index: int, rng: np.random.Generator | None) -> Example:
     chosen = (
       np.arange(self.count) if rng is None else rng.integers(len(self.images), size=self.count)
@@ -224,7 +237,7 @@ class JointSource:
 class Stream(Iterator[tuple[Bucket, Batch]]):
   """Batches of this host, in order; close it, or use it in a `with`.
 
-  `bucket_at` and `examples_before` are for streams from `make_stream`.
+  `bucket_at`, `examples_at` and `examples_before` are for streams from `make_stream`.
 
   Attributes:
     step: of the batch that comes next.
@@ -240,6 +253,7 @@ class Stream(Iterator[tuple[Bucket, Batch]]):
     buckets: Sequence[Bucket],
     *,
     order: "_Order | None" = None,
+    names: "Sequence[_Names]" = (),
     batch_sizes: Mapping[Bucket, int],
     start_step: int = 0,
     fingerprint: str = "",
@@ -249,6 +263,7 @@ class Stream(Iterator[tuple[Bucket, Batch]]):
     self.fingerprint = fingerprint
     self._buckets = tuple(buckets)
     self._order = order
+    self._names = tuple(names)
     self._batch_sizes = dict(batch_sizes)
     # Held in a list so that closing lets go of it: Grain's own clean-up, run when the interpreter
     # is half taken down, prints errors.
@@ -269,6 +284,11 @@ class Stream(Iterator[tuple[Bucket, Batch]]):
   def bucket_at(self, step: int) -> Bucket:
     """The bucket of a step, without reading anything."""
     return self._buckets[self._order[step][0]]
+
+  def examples_at(self, step: int) -> tuple[Bucket, list[str]]:
+    """The bucket of a step, and what each example of its global batch was made from."""
+    bucket, number = self._order[step]
+    return self._buckets[bucket], self._names[bucket](number)
 
   def examples_before(self, step: int) -> dict[Bucket, int]:
     """How many examples of each bucket all hosts together draw before `step`.
@@ -346,7 +366,7 @@ def make_stream(
   if weights is None:
     weights = {bucket: len(sources[bucket]) / batch_sizes[bucket] for bucket in buckets}
   order = _Order([weights[bucket] for bucket in buckets], first_step)
-  parts = []
+  parts, names = [], []
   for position, bucket in enumerate(buckets):
     size, length = batch_sizes[bucket], len(sources[bucket])
     if length < size:
@@ -358,12 +378,15 @@ def make_stream(
       position, sources[bucket], transform, bucket_seed, process_index, process_count, before=before
     )
     indices = grain.MapDataset.range(length).shuffle(seed=bucket_seed).repeat()[before:]
-    parts.append(indices.batch(size, drop_remainder=True).map_with_index(rows))
+    batches = indices.batch(size, drop_remainder=True)
+    parts.append(batches.map_with_index(rows))
+    names.append(_Names(sources[bucket], batches))
   mixed = grain.MapDataset.select_from_datasets(parts, order)
   return Stream(
     _read_ahead(mixed[start_step:], threads, workers),
     buckets,
     order=order,
+    names=names,
     batch_sizes=batch_sizes,
     start_step=start_step,
     fingerprint=_sha256(
@@ -469,6 +492,17 @@ class _HostRows:
     )
     example = self.source.example(min(index, len(self.source) - 1), rng)
     return example if self.transform is None else self.transform(example, rng)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Names:
+  """Number of a global batch of a bucket -> what its examples were made from."""
+
+  source: Source
+  batches: grain.MapDataset
+
+  def __call__(self, batch: int) -> list[str]:
+    return [self.source.name(int(index)) for index in self.batches[batch]]
 
 
 class _Order(grain.transforms.DatasetSelectionMap):

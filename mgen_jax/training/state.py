@@ -16,7 +16,7 @@ import optax
 
 from mgen_jax.parallel import rules
 from mgen_jax.tasks.base import Task
-from mgen_jax.training import parameters, plateau
+from mgen_jax.training import guard, parameters, plateau
 
 
 @flax.struct.dataclass
@@ -27,7 +27,7 @@ class TrainState:
   params: Any
   opt_state: Any
   ema: Any  # exponential moving average of those params that are trained; None: there is none
-  nonfinite_step: jax.Array  # int32 []: the first step whose update was not finite, or -1
+  history: guard.History  # of the last good steps: what a bad one is told by
   plateau: Any = None  # of a learning rate that follows the validation loss; see `plateau.py`
 
 
@@ -98,7 +98,7 @@ def create(
     params=params,
     opt_state=optimizer.init(params),
     ema=jax.tree.map(jnp.copy, contents.averaged(params)),
-    nonfinite_step=jnp.full((), -1, jnp.int32),
+    history=guard.no_history(),
     plateau=plateau.start() if contents.plateau else None,
   )
 
@@ -133,7 +133,7 @@ def shardings(
     params=params,
     opt_state=opt_state,
     ema=contents.averaged(params),
-    nonfinite_step=whole,
+    history=jax.tree.map(lambda _: whole, jax.eval_shape(guard.no_history)),
     plateau=jax.tree.map(lambda _: whole, plateau.start()) if contents.plateau else None,
   )
 

@@ -15,7 +15,7 @@ from mgen_jax.config import TrainStage
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.parallel import rules
 from mgen_jax.tasks.base import Task, complete
-from mgen_jax.training import parameters
+from mgen_jax.training import guard, parameters
 from mgen_jax.training import state as state_lib
 from mgen_jax.training.outline import outline
 from mgen_jax.training.state import TrainState
@@ -95,11 +95,12 @@ def make_train_step(
   passes: Callable[[int], int],
   ema_decay: Callable[[jax.Array], jax.Array],
   contents: state_lib.Contents = state_lib.PLAIN,
+  spike: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """The step; the state is donated. Compiled once for each bucket by `compile_for`.
 
-  The state is kept as it was when the loss or the gradient is not finite, and the step is noted
-  in `nonfinite_step`: the loop sees it when it next reads metrics, with nothing spoilt.
+  Parameters, moments and averages are kept as they were when the loss or the gradient is not finite
+  or a spike; the loop sees the "verdict" when it next reads metrics, with nothing spoilt.
 
   Args:
     task: what is learned.
@@ -110,9 +111,10 @@ def make_train_step(
     passes: number of passes over equal parts of a batch, by its number of examples.
     ema_decay: of the parameters' moving average, by step (`ema_decay`).
     contents: of the state.
+    spike: robust standard deviations above the running median that make one (`guard.judge`).
 
   Returns:
-    step(state, batch) -> (state, metrics), all metrics fp32 scalars; of a task with frozen
+    step(state, batch) -> (state, metrics), all metrics scalars; of a task with frozen
     parameters step(state, batch, frozen).
   """
 
@@ -127,10 +129,12 @@ def make_train_step(
       decay = ema_decay(state.step.astype(jnp.float32))
       ema = optax.incremental_update(contents.averaged(params), state.ema, 1 - decay)
 
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    verdict, history = guard.judge(state.history, loss, norm, spike)
+    good = verdict == guard.GOOD
     new = (params, opt_state, ema)
     old = (state.params, state.opt_state, state.ema)
-    return norm, finite, jax.tree.map(lambda a, b: jax.lax.select(finite, a, b), new, old)
+    kept = jax.tree.map(lambda a, b: jax.lax.select(good, a, b), new, old)
+    return norm, verdict, (*kept, history)
 
   def held_objective(step: jax.Array, frozen: Any) -> Callable[..., Any]:
     inner = objective(task, step, frozen)
@@ -142,17 +146,16 @@ def make_train_step(
     loss, metrics, gradients = loss_and_gradients(
       held_objective(state.step, frozen), state.params, batch, keys, passes(examples)
     )
-    norm, finite, changed = outline(update)(state, loss, gradients)
-    first_bad = jnp.where((state.nonfinite_step < 0) & ~finite, state.step, state.nonfinite_step)
+    norm, verdict, changed = outline(update)(state, loss, gradients)
     lr = jnp.asarray(schedule(state.step), jnp.float32)
     metrics = {
       **metrics,
       "loss": loss,
       "grad_norm": norm,
       "lr": lr * state.plateau.factor if contents.plateau else lr,
-      "nonfinite_step": first_bad,
+      "verdict": verdict,
     }
-    return TrainState(state.step + 1, *changed, first_bad, state.plateau), metrics
+    return TrainState(state.step + 1, *changed, state.plateau), metrics
 
   mesh = layout.step.mesh
   return jax.jit(train_step, donate_argnums=0, out_shardings=(layout, rules.replicated(mesh)))

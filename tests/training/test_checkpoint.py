@@ -107,7 +107,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     def fill(step):
       if step == 12:
-        while not pathlib.Path(sys.argv[1], "checkpoints", "8").exists():
+        while not pathlib.Path(sys.argv[1], "checkpoints/8/checksums-0-of-1.json").exists():
           time.sleep(0.01)
         resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
     try:

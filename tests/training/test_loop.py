@@ -13,8 +13,8 @@ from mgen_jax.training import checkpoint as checkpoint_lib
 from mgen_jax.training import metrics as metrics_lib
 from mgen_jax.training import optimizer as optimizer_lib
 from mgen_jax.training import state as state_lib
+from mgen_jax.training.guard import BadStepError
 from mgen_jax.training.interrupt import Interrupted
-from mgen_jax.training.meter import NotFiniteError
 from tests.training import toy
 
 
@@ -133,7 +133,7 @@ def test_parameters_moments_and_average_are_sharded_alike():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(tmp_path):
-  with pytest.raises(NotFiniteError) as error:
+  with pytest.raises(BadStepError) as error:
     toy.train(tmp_path, data=toy.stream(poison={19}), log_every=5)
   message = str(error.value)
   assert "stage toy" in message and "step 20" in message and "checkpoint is step 16" in message
@@ -144,7 +144,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(tmp_path):
 
 def test_a_state_that_went_wrong_is_not_saved(tmp_path):
   # Step 16 is both the poisoned one and one that is due to be saved, before any line is logged.
-  with pytest.raises(NotFiniteError, match="step 16 is not finite"):
+  with pytest.raises(BadStepError, match="step 16 is not finite"):
     toy.train(tmp_path, data=toy.stream(poison={15}), log_every=100)
   assert int(final_state(tmp_path).step) == 8
 

@@ -162,14 +162,15 @@ def test_a_plateau_needs_a_validation():
 
 def test_each_kind_of_average_is_what_it_says(tmp_path):
   for kind in ("constant", "power", "off"):
-    train(tmp_path / kind, steps=2, ema=kind, ema_decay=0.75, ema_gamma=1.0, checkpoint_every=1)
+    train(tmp_path / kind, steps=2, ema=kind, ema_decay=0.75, ema_gamma=1.0)
   off = state_of(tmp_path / "off", steps=2, ema="off")
   assert off.ema is None
   chex.assert_trees_all_equal(averaged_of(tmp_path / "off", toy.ToyTask()), off.params)
   start = jax.jit(
     lambda: state_lib.init_params(toy.ToyTask(), state_lib.stream_key(3, "init", 0))
   )()
-  one = _state_at(tmp_path / "constant", 1, ema="constant").params
+  train(tmp_path / "one", steps=1)
+  one = state_of(tmp_path / "one", steps=1).params
   two = off.params
   constant = state_of(tmp_path / "constant", steps=2, ema="constant").ema
   mix = jax.tree.map(lambda a, b, c: 0.75 * (0.75 * a + 0.25 * b) + 0.25 * c, start, one, two)
@@ -183,14 +184,6 @@ def test_each_kind_of_average_is_what_it_says(tmp_path):
 def _start(task):
   key = state_lib.stream_key(3, "init", 0)
   return jax.device_get(jax.jit(lambda: state_lib.init_params(task, key))())
-
-
-def _state_at(folder, at, **values):
-  config = toy.stage(**values)
-  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1])
-  program = loop.make_program(toy.ToyTask(), config, mesh, 3)
-  with Checkpoints(f"{folder}/checkpoints", read_only=True) as checkpoints:
-    return jax.device_get(checkpoints.restore(program.shapes, program.layout, at).state)
 
 
 def test_decays_stay_between_0_and_1():
@@ -300,6 +293,14 @@ def test_adapters_of_what_is_no_kernel_are_refused():
 BUCKET = Bucket(1, 8, 8)
 
 
+class Pairs(Dense):
+  """The toy on nothing but x and y."""
+
+  def batch_spec(self, bucket, examples):
+    specs = super().batch_spec(bucket, examples)
+    return {name: specs[name] for name in ("x", "y")}
+
+
 class Examples:
   """A source of the toy's regression."""
 
@@ -344,16 +345,17 @@ def test_a_change_of_the_batch_is_a_restart_with_another_batch(tmp_path):
   stream = loop.Stream(
     {BUCKET: 16}, lambda at: mixture.Scheduled(phases, make, at), lambda: iter(()), sizes
   )
-  train(tmp_path / "scheduled", data=stream, steps=14)
+  train(tmp_path / "scheduled", Pairs(), data=stream, steps=14)
   with pipeline.make_stream({BUCKET: Examples()}, batch_sizes={BUCKET: 16}, seed=3) as one:
     drawn = [next(one)[1] for _ in range(8 + 12)]
   flat = {name: np.concatenate([rows[name] for rows in drawn]) for name in ("x", "y")}
   for size, place, steps in ((16, 0, 8), (32, 8 * 16, 14)):
     at = functools.partial(Manual, flat, size, place)
     manual = loop.Stream({BUCKET: size}, lambda step, at=at: at(), lambda: iter(()))
-    train(tmp_path / "manual", data=manual, steps=steps)
+    train(tmp_path / "manual", Pairs(), data=manual, steps=steps)
   assert lines(tmp_path / "scheduled", "loss") == lines(tmp_path / "manual", "loss")
-  scheduled, manual = (state_of(tmp_path / name, steps=14) for name in ("scheduled", "manual"))
+  names = ("scheduled", "manual")
+  scheduled, manual = (state_of(tmp_path / name, Pairs(), steps=14) for name in names)
   chex.assert_trees_all_equal(scheduled, manual)
 
 
