@@ -164,7 +164,7 @@ def _toy():
     "world": WORLD,
   }
   both = {"encode_long": {"weight": 0.5}, "encode_short": {"weight": 0.5}}
-  by_size = {"encode_long": {}, "encode_short": {}}
+  shorter = {"encode_long": {"weight": 0.25}, "encode_short": {"weight": 0.75}}
   common = {
     "ema_decay": 0.98, "log_every": 25, "validate_every": 50, "checkpoint_every": 100,
   }  # fmt: skip
@@ -189,7 +189,7 @@ def _toy():
       "encode_long": {"kind": "encode", "ingest": "ingest_long", "buckets": (bucket,)},
       "encode_short": {"kind": "encode", "ingest": "ingest_short", "buckets": (bucket,)},
       "sft_a": _sft(TOY_GENERATOR, "pretrained", rates[0], *train, both, **common),
-      "sft_b": _sft(TOY_GENERATOR, "pretrained", rates[1], *train, by_size, **common),
+      "sft_b": _sft(TOY_GENERATOR, "pretrained", rates[1], *train, shorter, **common),
       "sft_c": _sft(TOY_GENERATOR, "pretrained_early", rates[0], *train, both, **common),
       "average": {**_averages(), "task": TOY_GENERATOR},
       "soup": {

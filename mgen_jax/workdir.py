@@ -149,10 +149,10 @@ class Workdir:
     config, data = experiment.stages[stage], None
     if isinstance(config, config_lib.AverageStage):
       for entry in config.of:
-        done = Path(entry.partition("@")[0]) / "done.json"
-        if "/" in entry and done.exists():  # of another run, which may change
-          made_from[entry] = hashlib.sha256(done.read_bytes()).hexdigest()[:16]
-    if not isinstance(config, config_lib.AverageStage):
+        path = Path(entry.partition("@")[0]) / "done.json"
+        if "/" in entry and path.exists():  # of another run, which may change
+          made_from[entry] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    else:
       data = schema.to_plain(config_lib.data_of(experiment, stage))
     identity = {
       "seed": experiment.seed,

@@ -35,11 +35,13 @@ from mgen_jax.config.stages import (
   TrainStage,
   parse_key,
 )
+from mgen_jax.errors import ConfigError  # what an experiment file raises
 
 __all__ = [
   "STAGES",
   "AverageStage",
   "BucketConfig",
+  "ConfigError",
   "DataConfig",
   "EncodeStage",
   "EvaluateStage",

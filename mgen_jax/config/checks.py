@@ -142,8 +142,6 @@ def _check_train(made: Experiment, name: str, stage: TrainStage, before: tuple[s
         "unset it."
       )
   parts = stage.parts()
-  if parts and not any(part.at(step) for step in stage.phases() for part in parts.values()):
-    raise ConfigError(f"{path}.mixture has no set of data within its {stage.steps} steps.")
   for step in stage.phases():
     if parts and not any(part.at(step) for part in parts.values()):
       raise ConfigError(f"{path}.mixture leaves no set of data from step {step} on.")
