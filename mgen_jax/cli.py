@@ -6,6 +6,7 @@ Anything else is a bug and keeps its traceback.
 """
 
 import difflib
+import errno
 import logging as std_logging
 import os
 import re
@@ -21,12 +22,16 @@ from mgen_jax.training.interrupt import Interrupted, lost_process
 
 LOST_PROCESS = 75  # what sysexits.h calls a temporary failure
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
   """Parses the flags, calls `main` with what is left, and exits."""
 
   def guarded(argv: Sequence[str]) -> int:
     _set_up_logging()
+    # Else JAX's own handler swallows SIGTERM in a run of several processes (`StopSignal` is ours).
+    jax.config.update("jax_enable_preemption_service", False)
     try:
       if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag: flags are written --name=value (see --help).")
@@ -37,6 +42,14 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     except Interrupted as error:
       _say(f"{error}; everything is saved, and the same command continues.")
       return 128 + error.signum
+    except OSError as error:
+      if error.errno not in _FULL:
+        raise
+      _say(
+        f"{error.filename or 'a file'} could not be written ({error.strerror}): make room on that "
+        "disk and run the same command again."
+      )
+      return _leave(2)
     except Exception as error:
       if not jax.distributed.is_initialized():
         raise

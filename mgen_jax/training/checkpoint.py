@@ -77,6 +77,7 @@ class Checkpoints:
     self._fall_back = fall_back
     self._pending: int | None = None
     self._shapes: dict[int, dict[str, tuple[int, ...]]] = {}  # of what was read here, by step
+    self._verified: set[int] = set()  # steps whose files have been compared with their checksums
     # One thread, in which each save ends: Orbax's commit, then our checksums.
     self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
     self._under_way: futures.Future | None = None
@@ -133,6 +134,7 @@ class Checkpoints:
       meta=ocp.args.JsonSave(meta),
     )
     self._pending = step
+    self._verified.discard(step)
     try:
       self._manager.save(step, args=args, force=True)
     except Exception as error:
@@ -277,8 +279,10 @@ class Checkpoints:
     return Path(self.folder) / str(step)
 
   def verify(self, step: int | None = None) -> None:
-    """Compares the files with their checksums; all processes come to the same end."""
+    """Compares the files with their checksums, once; all processes come to the same end."""
     step, damage = self._existing(step), None
+    if step in self._verified:
+      return
     try:
       checksums.verify(self._path(step), jax.process_index(), jax.process_count())
     except (checksums.Damaged, OSError) as error:
@@ -289,6 +293,7 @@ class Checkpoints:
         damage = checksums.Damaged(f"says process {int(np.argmax(seen))}")
     if damage is not None:
       raise self._read_error(step, damage)
+    self._verified.add(step)
 
   def _set_aside(self, step: int) -> None:
     """Moves a checkpoint out of the way; nothing is deleted."""

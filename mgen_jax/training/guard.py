@@ -38,13 +38,13 @@ _SHOWN = 8  # examples of a bad batch in the log; the file has all
 class History:
   """The last good steps, as a part of the training state."""
 
-  values: jax.Array  # fp32 [2, WINDOW]: loss and norm of the gradient; NaN where none was yet
+  values: jax.Array  # fp32 [2, WINDOW]: loss and norm of the gradient; a ring
   seen: jax.Array  # int32 []: good steps so far
 
 
 def no_history() -> History:
   """That of step 0."""
-  return History(jnp.full((2, WINDOW), jnp.nan, jnp.float32), jnp.zeros((), jnp.int32))
+  return History(jnp.zeros((2, WINDOW), jnp.float32), jnp.zeros((), jnp.int32))
 
 
 def judge(
@@ -60,8 +60,9 @@ def judge(
   now = jnp.stack([loss, norm]).astype(jnp.float32)
   verdict = jnp.where(jnp.isfinite(now).all(), GOOD, NOT_FINITE)
   if spike:
-    median = jnp.nanmedian(history.values, axis=1)
-    distance = jnp.nanmedian(jnp.abs(history.values - median[:, None]), axis=1)
+    past = jnp.where(jnp.arange(WINDOW) < history.seen, history.values, jnp.nan)  # [2, WINDOW]
+    median = jnp.nanmedian(past, axis=1)
+    distance = jnp.nanmedian(jnp.abs(past - median[:, None]), axis=1)
     deviation = jnp.maximum(_ROBUST * distance, _FLOOR * jnp.abs(median))
     leaps = (now - median > spike * deviation).any() & (history.seen >= _LEAST)
     verdict = jnp.where((verdict == GOOD) & leaps, SPIKE, verdict)

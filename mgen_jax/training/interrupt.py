@@ -5,8 +5,10 @@ told in `cli.py`.
 """
 
 import collections
+import functools
 import re
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 import jax
@@ -51,18 +53,20 @@ class StopSignal:
     for signum, handler in self._before.items():
       signal.signal(signum, handler)
 
-  def received(self, mesh: jax.sharding.Mesh) -> int:
+  def received(self, mesh: jax.sharding.Mesh, last: bool) -> int:
     """The signal that asks to stop before this step; 0 for none. To be called before every step.
 
     A signal may have reached only some of several processes, and all must save at the same step:
-    each tells the others in every step, and all act on it two steps later.
+    each tells the others in every step, and all act on it two steps later, or at the `last` one.
     """
     if jax.process_count() == 1:
       return self._signum
     sharding = jax.sharding.NamedSharding(mesh, jax.P(mesh.axis_names))
-    mine = np.full((jax.local_device_count(),), self._signum, np.int32)
-    all_signals = jax.make_array_from_process_local_data(sharding, mine, (jax.device_count(),))
-    self._told.append(jax.jit(jnp.max, out_shardings=rules.replicated(mesh))(all_signals))
+    mine = np.full(len(mesh.local_devices), self._signum, np.int32)
+    told = jax.make_array_from_process_local_data(sharding, mine, (mesh.size,))
+    self._told.append(_largest(mesh)(told))
+    if last:
+      return max(map(int, self._told))
     return int(self._told.popleft()) if len(self._told) > _DELAY else 0
 
   def _note(self, signum: int, frame: FrameType | None) -> None:
@@ -70,6 +74,12 @@ class StopSignal:
     logging.warning("%s: saving, then stopping", signal.Signals(signum).name)
     self._signum = signum
     signal.signal(signum, signal.SIG_DFL)
+
+
+@functools.lru_cache
+def _largest(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
+  """The largest number of an array that is split over all devices, on each of them."""
+  return jax.jit(jnp.max, out_shardings=rules.replicated(mesh))
 
 
 def lost_process(error: BaseException | None) -> bool:

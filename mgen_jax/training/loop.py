@@ -224,7 +224,7 @@ class _Run:
 
       for step in range(at.step, config.steps + 1):
         last = step == config.steps
-        signum = self.stop.received(self.mesh)
+        signum = self.stop.received(self.mesh, last)
         if step > at.step and _due(step, config.validate_every, last):
           batches_held_out = self.stream.validation()
           found = self.validate(state_lib.averaged(state), batches_held_out, self.put, *self.frozen)

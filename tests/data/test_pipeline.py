@@ -36,6 +36,9 @@ class Numbers:
   def __len__(self):
     return self.count
 
+  def name(self, index):
+    return str(self.first + index)
+
   def example(self, index, rng):
     draw = 0.5 if rng is None else rng.random()
     return {"value": self.first + index, "draw": draw, "caption": f"number {index}"}
@@ -86,6 +89,14 @@ def test_a_stream_resumes_on_another_number_of_hosts(sources):
     ):
       rows = len(full["value"]) // 4
       np.testing.assert_array_equal(part["value"], full["value"][p * rows : (p + 1) * rows])
+
+
+def test_the_examples_of_a_batch_can_be_named_without_reading_it(sources):
+  with make_stream(sources, batch_sizes=BATCHES, seed=1) as stream:
+    for step in range(12):
+      bucket, names = stream.examples_at(step)
+      drawn, batch = next(stream)
+      assert bucket == drawn and names == [str(value) for value in batch["value"]]
 
 
 def test_a_late_step_is_reached_at_once(sources):

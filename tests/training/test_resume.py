@@ -9,21 +9,16 @@ import pathlib
 import random
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 
 import chex
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from mgen_jax.cli import LOST_PROCESS
 from mgen_jax.parallel.mesh import MeshConfig
-from mgen_jax.training import checksums
 from mgen_jax.training import metrics as metrics_lib
 from mgen_jax.training.checkpoint import Checkpoints
-from tests.training import toy
+from tests.training import moments, toy
 
 STEPS, EVERY = 24, 4
 
@@ -63,9 +58,9 @@ def whole(tmp_path_factory):
 class Camera:
   """Copies the folder of a run at moments that are asked for: (name, how many times before)."""
 
-  def __init__(self, folder, album, moments):
-    self.folder, self.album, self.moments = pathlib.Path(folder), album, set(moments)
-    self.times = dict.fromkeys((name for name, _ in moments), 0)
+  def __init__(self, folder, album, points):
+    self.folder, self.album, self.points = pathlib.Path(folder), album, set(points)
+    self.times = dict.fromkeys((name for name, _ in points), 0)
 
   def passes(self, name):
     """This moment is reached now."""
@@ -73,43 +68,27 @@ class Camera:
       return
     moment = (name, self.times[name])
     self.times[name] += 1
-    while moment in self.moments:
+    while moment in self.points:
       place = self.album / f"{moment[0]} {moment[1]}"
       try:
         shutil.copytree(self.folder, place)
-        self.moments.remove(moment)
+        self.points.remove(moment)
       except shutil.Error:  # another thread has just renamed what was being copied
         shutil.rmtree(place)
-
-  def around(self, monkeypatch, owner, method, *, before=None, after=None):
-    """Passes the moments `before` and `after` each call of a method."""
-    original = getattr(owner, method)
-
-    def called(*arguments, **options):
-      self.passes(before)
-      result = original(*arguments, **options)
-      self.passes(after)
-      return result
-
-    monkeypatch.setattr(owner, method, called)
 
 
 def test_twenty_kills_and_every_one_continues_bit_for_bit(whole, tmp_path, monkeypatch):
   saves = range(STEPS // EVERY)
-  within = ("before a save", "in a save", "before its commit", "before its checksums", "after it")
   rng = random.Random(0)
   # 4 and 8: right after a save began to be written, before its first batch.
-  moments = [("batch", n) for n in (0, 4, 8, *rng.sample(range(9, STEPS), 5))]
-  moments += [(name, n) for name in within for n in rng.sample(saves, 3)][:12]
-  assert len(moments) == 20
+  points = [(moments.BATCH, n) for n in (0, 4, 8, *rng.sample(range(9, STEPS), 5))]
+  points += [(name, n) for name in moments.WITHIN_A_SAVE for n in rng.sample(saves, 3)][:12]
+  assert len(points) == 20
   album, run = tmp_path / "album", tmp_path / "run"
   run.mkdir()
-  camera = Camera(run, album, moments)
-  camera.around(monkeypatch, Checkpoints, "save", before=within[0], after=within[1])
-  # The state's handler ends just before Orbax gives the whole checkpoint its name.
-  camera.around(monkeypatch, ocp.StandardCheckpointHandler, "finalize", before=within[2])
-  camera.around(monkeypatch, checksums, "write", before=within[3], after=within[4])
-  train(run, data=toy.mixed_stream(on_batch=lambda number: camera.passes("batch")))
+  camera = Camera(run, album, points)
+  moments.watch(camera.passes, monkeypatch.setattr)
+  train(run, data=toy.mixed_stream(on_batch=lambda number: camera.passes(moments.BATCH)))
   monkeypatch.undo()
   assert_same_run(run, whole)
 
@@ -156,40 +135,24 @@ def test_a_run_goes_on_from_mesh_to_mesh(whole, tmp_path):
   assert_close_run(tmp_path, whole)
 
 
-def start(folder, processes, *flags):
-  """The processes of a run; `flags` are for the last of them only."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  command = [sys.executable, "-m", "tests.training.host", f"--folder={folder}", f"--steps={STEPS}"]
-  command += [f"--every={EVERY}", f"--processes={processes}", f"--port={port}"]
-  started = [
-    subprocess.Popen(
-      [*command, f"--index={index}", *(flags if index == processes - 1 else ())],
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for index in range(processes)
-  ]
-  return [(process.communicate(timeout=120)[1], process.returncode) for process in started]
-
-
 @pytest.mark.slow
-def test_two_processes_of_which_one_is_killed_then_one_then_four(whole, tmp_path, monkeypatch):
-  monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+def test_two_processes_of_which_one_is_killed_then_one_then_four(whole, tmp_path):
+  def signal_at(signum, batch):
+    return f"--signal={int(signum)}", f"--at={batch}"
+
   saved = tmp_path / "checkpoints/8/checksums-0-of-2.json"
-  kill = f"--signal={int(signal.SIGKILL)}", "--at=11", f"--prepared={saved}"
-  (said, code), (_, killed) = start(tmp_path, 2, *kill)
+  kill = *signal_at(signal.SIGKILL, 11), f"--prepared={saved}"
+  (said, code), (_, killed) = moments.run_hosts(tmp_path, 2, last=kill)
   assert killed == -signal.SIGKILL
   assert code == LOST_PROCESS and "another process of this run is gone" in said, said
   assert "Traceback" not in said
 
-  ((said, code),) = start(tmp_path, 1, f"--signal={int(signal.SIGTERM)}", "--at=14")
+  ((said, code),) = moments.run_hosts(tmp_path, 1, last=signal_at(signal.SIGTERM, 14))
   assert code == 128 + signal.SIGTERM and "everything is saved" in said, said
   assert "continues from step 8 of 24" in said
 
   # A signal that only one of them has seen stops them all at one step; then they go on.
-  ended = start(tmp_path, 4, f"--signal={int(signal.SIGTERM)}", "--at=17")
+  ended = moments.run_hosts(tmp_path, 4, last=signal_at(signal.SIGTERM, 17))
   assert {code for _, code in ended} == {128 + signal.SIGTERM}, ended
   assert "continues from step 15 of 24" in ended[0][0]
   train(tmp_path, data=toy.mixed_stream(), devices=8, mesh=MeshConfig(fsdp=8))

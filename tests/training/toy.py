@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgen_jax.config import TrainStage
-from mgen_jax.data import pipeline
+from mgen_jax.data import pipeline, records
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.tasks.autoencoder import AutoencoderTaskConfig
@@ -141,6 +141,19 @@ class Examples:
     return {name: value.astype(np.float32) for name, value in made.items()}
 
 
+def _hooked(stream, on_batch):
+  """The same stream, with `on_batch(number)` called before each batch is handed out."""
+
+  class Hooked(pipeline.Stream):
+    def __next__(self):
+      if on_batch is not None:
+        on_batch(self.step)
+      return super().__next__()
+
+  stream.__class__ = Hooked
+  return stream
+
+
 def mixed_stream(workers=0, on_batch=None):
   """A loop.Stream of the real pipeline: two buckets in unequal shares, this host's rows.
 
@@ -148,12 +161,6 @@ def mixed_stream(workers=0, on_batch=None):
     workers: of Grain.
     on_batch: called with the number of each batch before it is handed out.
   """
-
-  class Hooked(pipeline.Stream):
-    def __next__(self):
-      if on_batch is not None:
-        on_batch(self.step)
-      return super().__next__()
 
   def start(step):
     stream = pipeline.make_stream(
@@ -165,10 +172,39 @@ def mixed_stream(workers=0, on_batch=None):
       process_count=jax.process_count(),
       workers=workers,
     )
-    stream.__class__ = Hooked
-    return stream
+    return _hooked(stream, on_batch)
 
   return loop.Stream(dict.fromkeys(BUCKETS, BATCH), start, lambda: iter(()))
+
+
+def write_records(folder):
+  """The examples as records, in two shards; returns the path of the second."""
+  shards = []
+  for shard in range(2):
+    with records.RecordWriter(folder / records.shard_name(shard, 2)) as writer:
+      for index in range(50 * shard, 50 * shard + 50):
+        arrays = Examples(100).example(index, None)
+        writer.write(records.Record(str(index), BUCKETS[0].name, "", 0.0, 0.0, arrays))
+    shards.append(writer.shard)
+  records.write_manifest(folder, shards, bucket=BUCKETS[0], settings={})
+  return folder / shards[1].name
+
+
+def record_stream(folder, on_batch=None):
+  """A loop.Stream of such records."""
+
+  def start(step):
+    source = pipeline.LatentSource(records.open_records(folder))
+    stream = pipeline.make_stream(
+      {BUCKETS[0]: source},
+      batch_sizes={BUCKETS[0]: BATCH},
+      seed=3,
+      start_step=step,
+      transform=lambda example, rng: {name: example[name] for name in ("x", "y", "id")},
+    )
+    return _hooked(stream, on_batch)
+
+  return loop.Stream({BUCKETS[0]: BATCH}, start, lambda: iter(()))
 
 
 def stage(**values):
