@@ -1,7 +1,8 @@
 """The ingest stage: videos on disk -> an index of the good ones, with captions.
 
 Where no folder is given, Marbles are rendered into WORKDIR/videos first, as real files, and then
-take the same path. Not here: how files are probed (`data/ingest.py`), curation (`data_pipelines`).
+take the same path; clips that tables hold as bytes are unpacked there. Not here: how files are
+probed (`data/ingest.py`), curation (`data_pipelines`).
 """
 
 import dataclasses
@@ -31,9 +32,10 @@ def run(work: Workdir, name: str) -> None:
   began = time.perf_counter()
   data = config_lib.data_of(work.experiment, name)
   folder = data.videos
+  dataset = work.experiment.stages[name].dataset
+  made = work.root / ("videos" if dataset is None else f"videos_{dataset}")
   if folder is None:
-    dataset = work.experiment.stages[name].dataset
-    folder = str(work.root / ("videos" if dataset is None else f"videos_{dataset}"))
+    folder = str(made)
     _render(data, folder, work.experiment.seed, work.experiment.stages[name].workers)
   with progress.Progress(
     progress.TextColumn("{task.description}"),
@@ -47,6 +49,8 @@ def run(work: Workdir, name: str) -> None:
       folder,
       seed=work.experiment.seed,
       held_out=data.held_out,
+      caption_key=data.caption_key,
+      unpack_to=made,
       progress=lambda done, total: bar.update(task, completed=done, total=total),
     )
   index = _of_length(index, data)

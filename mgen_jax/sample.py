@@ -229,10 +229,10 @@ def trained_buckets(work: Workdir, name: str, buckets: Sequence[str]) -> dict[Bu
 
 def frame_rate(work: Workdir, name: str) -> float:
   """Frames per second of the videos that a stage learns from (of several sets of data, those of the
-  first by name; of that, the median)."""
+  first by name; of that, the median; of a range of rates, the lowest)."""
   data = config_lib.data_of(work.experiment, config_lib.latents_of(work.experiment, name))
-  if data.fps is not None:
-    return data.fps
+  if data.rate is not None:
+    return data.rate[0] if isinstance(data.rate, tuple) else data.rate
   if data.videos is None:
     return data.marbles.fps
   latents = config_lib.latents_of(work.experiment, name)

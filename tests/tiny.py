@@ -37,6 +37,7 @@ def get_config():
   image_generator = {**generator, "model": {**generator["model"], "max_positions": (1, 2, 2)}}
   train = {
     "kind": "train", "steps": 6, "log_every": 1, "checkpoint_every": 2, "threads": 2,
+    "small_buckets": "repeat",
     "optimizer": {"lr": 1e-3},
   }  # fmt: skip
   return config.experiment(

@@ -10,11 +10,14 @@ from typing import Any, Literal
 
 from mgen_jax import schema, tasks
 from mgen_jax.config.recipes import LoraConfig, OptimizerConfig, PartConfig, check_changes
-from mgen_jax.data.buckets import Bucket, parse_bucket
+from mgen_jax.data import shares
+from mgen_jax.data.buckets import Bucket, Rate, parse_bucket
 from mgen_jax.data.marbles import WorldConfig
 from mgen_jax.encoders import StackConfig
-from mgen_jax.errors import ConfigError
+from mgen_jax.errors import ConfigError, UserError
 from mgen_jax.parallel.mesh import MeshConfig
+
+_BATCH = 8  # of a bucket, where nothing says how many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,22 +40,37 @@ class DataConfig:
   marbles: MarblesConfig = MarblesConfig()
   held_out: float = 0.05  # share of the clips that no stage trains on
   fps: float | None = None  # sample clips at this rate; None: at their own
+  # (low, high): a whole clip becomes the frames of its bucket, at a rate in this range; one that is
+  # too long for that gives a window at the low rate. Movie Gen's Table 2: (16.0, 32.0).
+  fps_range: tuple[float, float] | None = None
   max_crop: float = 0.2  # share of the picture that fitting a clip to a bucket may lose
   min_seconds: float | None = None  # videos shorter than this are left out; None: none are
   max_seconds: float | None = None  # and those of this length or more
+  # Of tables and JSON files: the column or key of the caption; None: the first that is usual.
+  caption_key: str | None = None
 
   def __post_init__(self):
     shortest = 0.0 if self.min_seconds is None else self.min_seconds
     if self.max_seconds is not None and self.max_seconds <= shortest:
       raise ConfigError(f"max_seconds is {self.max_seconds}: it must be above {shortest}.")
+    if self.fps_range is not None:
+      if self.fps is not None:
+        raise ConfigError("fps and fps_range are both set: unset one.")
+      if not 0 < self.fps_range[0] <= self.fps_range[1]:
+        raise ConfigError(f"fps_range is {self.fps_range}: give a lowest and a highest rate.")
+
+  @property
+  def rate(self) -> Rate:
+    """Frames per second to sample clips at."""
+    return self.fps if self.fps_range is None else self.fps_range
 
 
 @dataclasses.dataclass(frozen=True)
 class BucketConfig:
   """How one bucket takes part in a stage."""
 
-  batch: int = 8  # examples in one global batch
-  weight: float = 1.0  # its share of the steps is weight / sum of weights
+  batch: int = 0  # examples in one global batch; 0: what tokens_per_step holds, or 8 without it
+  weight: float = 1.0  # its share of the steps is weight / sum of weights (see `mix`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +141,15 @@ class TrainStage:
   steps: int = 1000
   # By "b16x64x64": frames x height x width; the letter makes it a name that a flag can spell.
   buckets: dict[str, BucketConfig] = dataclasses.field(default_factory=dict)
+  tokens_per_step: int = 0  # buckets whose batch is 0 get as large a one as this holds
+  batch_multiple: int = 8  # and divisible by this: hosts x batch shards x accumulation passes
+  # "weight": steps in proportion to the weights; "examples": to weight x examples / batch, so that
+  # with equal weights every example is drawn equally often.
+  mix: Literal["weight", "examples"] = "weight"
+  images_to_videos: float | None = None  # steps on images for one on videos (paper: 0.1)
+  # With fewer examples than a batch: refuse to start, repeat examples within a batch (and leave
+  # empty buckets out), or leave the bucket out.
+  small_buckets: Literal["error", "repeat", "leave_out"] = "error"
   images_from_videos: bool = True  # frames of videos fill image buckets as well
   latents: str | None = None  # the encode stage whose latents are read; None: media, decoded
   # Several sets of data, each an encode stage (of media: an ingest stage), in place of `latents`.
@@ -166,9 +193,14 @@ class TrainStage:
   def __post_init__(self):
     if self.accumulate < 1 and self.accumulate != -1:
       raise ConfigError(f"accumulate is {self.accumulate}: it must be 1 or more, or -1.")
-    for name in ("steps", "log_every", "checkpoint_every", "keep", "threads"):
+    for name in ("steps", "log_every", "checkpoint_every", "keep", "threads", "batch_multiple"):
       if getattr(self, name) < 1:
         raise ConfigError(f"{name} is {getattr(self, name)}: it must be 1 or more.")
+    for name in ("workers", "tokens_per_step"):
+      if getattr(self, name) < 0:
+        raise ConfigError(f"{name} is {getattr(self, name)}: it cannot be negative.")
+    if self.images_to_videos is not None and self.images_to_videos <= 0:
+      raise ConfigError(f"images_to_videos is {self.images_to_videos}: it must be above 0.")
     if not 0 <= self.ema_decay < 1:
       raise ConfigError(f"ema_decay is {self.ema_decay}: it must lie in [0, 1).")
     if self.ema_gamma < 0 or self.validate_bins < 0:
@@ -191,12 +223,13 @@ class TrainStage:
       raise ConfigError(
         "lora is on, which trains its adapters only: leave frozen and optimizers empty."
       )
-    for bucket, entry in self.buckets.items():
+    for name, entry in self.buckets.items():
+      batch = entry.batch or (self.batch_multiple if self.tokens_per_step else _BATCH)
       for step, factor in self.batch_changes:
-        if entry.batch * factor != round(entry.batch * factor):
+        if batch * factor != round(batch * factor):
           raise ConfigError(
-            f"batch_changes makes the batch of {bucket} {entry.batch * factor:g} from step {step} "
-            "on: it must be a whole number."
+            f"batch_changes makes the batch of {name} {batch * factor:g} from step {step} on: it "
+            "must be a whole number."
           )
 
   def passes(self, examples: int, shards: int) -> int:
@@ -204,12 +237,26 @@ class TrainStage:
     return examples // shards if self.accumulate == -1 else self.accumulate
 
   def batches(self, step: int = 0) -> dict[Bucket, BucketConfig]:
-    """The buckets, parsed, in a fixed order, with the batches of a step."""
+    """The buckets, parsed, in a fixed order, with the batches of a step, every one a number.
+
+    Raises:
+      ConfigError: tokens_per_step does not hold a batch.
+    """
     factor = ([1.0] + [f for first, f in self.batch_changes if first <= step])[-1]
+    buckets = {parse_key(name): self.buckets[name] for name in sorted(self.buckets)}
     return {
-      parse_key(name): dataclasses.replace(entry, batch=round(entry.batch * factor))
-      for name, entry in sorted(self.buckets.items())
+      bucket: dataclasses.replace(entry, batch=round((entry.batch or self._batch(bucket)) * factor))
+      for bucket, entry in buckets.items()
     }
+
+  def _batch(self, bucket: Bucket) -> int:
+    if not self.tokens_per_step:
+      return _BATCH
+    tokens = tasks.make(self.task).tokens(bucket)
+    try:
+      return shares.batch_for(bucket, tokens, self.tokens_per_step, self.batch_multiple)
+    except UserError as error:
+      raise ConfigError(str(error)) from error
 
   def parts(self) -> dict[str, PartConfig]:
     """The sets of data by stage; {} for media of the recipe's first ingest stage."""

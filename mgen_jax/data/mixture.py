@@ -8,9 +8,7 @@ step. So what was promised of one source holds here too: the order of examples i
 
 import bisect
 import dataclasses
-import hashlib
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from mgen_jax.data.buckets import Bucket
-from mgen_jax.data.pipeline import Batch, Example, Source, Stream
+from mgen_jax.data.pipeline import Batch, Stream
+from mgen_jax.data.sources import Example, Source, sha256
 
 
 class MixtureSource:
@@ -44,7 +43,7 @@ class MixtureSource:
       ends = np.round(np.cumsum(shares) * length).astype(np.int64)
       self.counts = np.diff(ends, prepend=0).tolist()
     self._ends = list(itertools.accumulate(self.counts))
-    self.digest = _sha256([[part.digest for part in self.parts], self.counts])
+    self.digest = sha256([[part.digest for part in self.parts], self.counts])
 
   def __len__(self) -> int:
     return self._ends[-1] if self._ends else 0
@@ -72,7 +71,7 @@ class EvenMixture:
 
   def __init__(self, parts: Sequence[Source]):
     self.parts = [part for part in parts if len(part)]
-    self.digest = _sha256([part.digest for part in self.parts])
+    self.digest = sha256([part.digest for part in self.parts])
 
   def __len__(self) -> int:
     return sum(map(len, self.parts))
@@ -165,7 +164,7 @@ class Scheduled(Iterator[tuple[Bucket, Batch]]):
       for phase, digest in zip(self._phases, self._prints, strict=True)
       if phase.first_step < max(1, self.step)
     ]
-    return begun[0][1] if len(begun) == 1 else _sha256(begun)
+    return begun[0][1] if len(begun) == 1 else sha256(begun)
 
   def __next__(self) -> tuple[Bucket, Batch]:
     index = self._index(self.step)
@@ -187,7 +186,3 @@ class Scheduled(Iterator[tuple[Bucket, Batch]]):
   def close(self) -> None:
     """Ends threads and worker processes."""
     self._stream.close()
-
-
-def _sha256(content: Any) -> str:
-  return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -2,17 +2,20 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 from mgen_jax import config as config_lib
 from mgen_jax import tasks
 from mgen_jax.config import TrainStage
-from mgen_jax.data import ingest, mixture, pipeline, records
+from mgen_jax.data import ingest, mixture, pipeline, records, shares
+from mgen_jax.data import sources as sources_lib
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.errors import UserError
 from mgen_jax.tasks.base import JointTask, Task
@@ -79,7 +82,9 @@ def make_stream(
     else _media_sources(work, stage, part)
     for part in parts or config_lib.ingests_of(work.experiment, name)
   }
-  phases = [_phase(name, stage, step, sources) for step in stage.phases()]
+  phases = [_phase(name, stage, task, step, sources) for step in stage.phases()]
+  for phase in phases:
+    pipeline.check_shared_memory(_batch_bytes(task, phase.batch_sizes), stage.workers)
   common = {
     "process_index": jax.process_index(),
     "process_count": jax.process_count(),
@@ -87,11 +92,16 @@ def make_stream(
     "transform": Prepare(task, latents, stage.posterior == "sample"),
   }
   make = functools.partial(
-    pipeline.make_stream, **{**common, "workers": stage.workers}, seed=work.experiment.seed
+    pipeline.make_stream,
+    **{**common, "workers": stage.workers},
+    seed=work.experiment.seed,
+    repeat=stage.small_buckets == "repeat",
   )
 
   def start(step: int) -> mixture.Scheduled:
-    return mixture.Scheduled(phases, make, step)
+    opened = mixture.Scheduled(phases, make, step)
+    _check_hosts(name, opened.fingerprint)
+    return opened
 
   def validation() -> Iterator[tuple[Bucket, dict[str, np.ndarray]]]:
     # Of all sets of data of the stage, in batches of its first phase: the same at every step.
@@ -130,7 +140,11 @@ def _statistics(
 
 
 def _phase(
-  name: str, stage: TrainStage, step: int, sources: Mapping[str, tuple[dict, dict]]
+  name: str,
+  stage: TrainStage,
+  task: Task,
+  step: int,
+  sources: Mapping[str, tuple[dict, dict]],
 ) -> mixture.Phase:
   """What the stage draws from `step` on."""
   entries = {part: entry for part, entry in stage.parts().items() if entry.at(step)}
@@ -147,12 +161,16 @@ def _phase(
   if len(drawn) > 1:
     for bucket, source in mixed.items():
       logging.info("bucket %s draws %s of %s", bucket.name, source.counts, drawn)
-  buckets = _with_examples(name, stage.batches(step), mixed)
+  kept = _with_examples(name, stage, task, stage.batches(step), mixed)
+  share = shares.of_steps(kept, by=stage.mix, images_to_videos=stage.images_to_videos)
+  logging.info(
+    "stage %s draws from step %d on:\n%s", name, step, shares.table(kept, share, stage.steps)
+  )
   return mixture.Phase(
     step,
-    {bucket: mixed[bucket] for bucket in buckets},
-    {bucket: entry.batch for bucket, entry in buckets.items()},
-    {bucket: entry.weight for bucket, entry in buckets.items()},
+    {bucket: mixed[bucket] for bucket in kept},
+    {bucket: part.batch for bucket, part in kept.items()},
+    share,
   )
 
 
@@ -177,12 +195,12 @@ def _media_sources(work: Workdir, stage: TrainStage, part: str) -> tuple[dict, d
   index = ingest.load(work.folder(part))
   both = []
   for split in ("train", "held_out"):
-    sources, groups = pipeline.media_sources(
+    sources, groups = sources_lib.media_sources(
       index,
       list(stage.batches()),
       split=split,
       images_from_videos=stage.images_from_videos,
-      fps=data.fps,
+      fps=data.rate,
       max_crop=data.max_crop,
     )
     both.append(sources)
@@ -198,12 +216,12 @@ def _latent_sources(
   both = []
   for split in ("train", "held_out"):
 
-    def read(bucket: Bucket, split: str = split) -> pipeline.Source:
+    def read(bucket: Bucket, split: str = split) -> sources_lib.Source:
       if bucket.name not in work.experiment.stages[part].buckets:
         return _NO_EXAMPLES  # another set of data fills this bucket
       source = records.open_records(work.latents(part) / split / bucket.name)
       check_autoencoder(source.settings, statistics, str(source.folder))
-      return pipeline.LatentSource(source)
+      return sources_lib.LatentSource(source)
 
     sources = {}
     for bucket in stage.batches():
@@ -211,27 +229,64 @@ def _latent_sources(
       images = task.images(bucket) if isinstance(task, JointTask) else 0
       if images and len(sources[bucket]):
         still = read(dataclasses.replace(bucket, frames=1))
-        sources[bucket] = pipeline.JointSource(sources[bucket], still, images)
+        sources[bucket] = sources_lib.JointSource(sources[bucket], still, images)
     both.append(sources)
   return both[0], both[1]
 
 
 def _with_examples(
   name: str,
+  stage: TrainStage,
+  task: Task,
   buckets: Mapping[Bucket, config_lib.BucketConfig],
-  sources: Mapping[Bucket, pipeline.Source],
-) -> dict[Bucket, config_lib.BucketConfig]:
-  """The buckets that can be trained on; a user's videos need not fill all."""
-  kept = {}
+  sources: Mapping[Bucket, sources_lib.Source],
+) -> dict[Bucket, shares.Part]:
+  """The buckets that are trained on; those with less than a batch as `small_buckets` says."""
+  kept, small = {}, []
   for bucket, entry in buckets.items():
-    if len(sources[bucket]):
-      kept[bucket] = entry
-    else:
-      logging.warning("stage %s: bucket %s has no examples and is left out", name, bucket.name)
+    examples = len(sources[bucket])
+    part = shares.Part(examples, entry.batch, entry.weight, task.tokens(bucket))
+    if examples >= entry.batch or (examples and stage.small_buckets == "repeat"):
+      kept[bucket] = part
+      continue
+    small.append(f"{bucket.name} has {examples} examples for a batch of {entry.batch}")
+    if stage.small_buckets == "error":
+      smaller = f"set config.stages.{name}.buckets.b{bucket.name}.batch to {examples} or less, "
+      raise UserError(
+        f"stage {name}: bucket {small[0]}: {smaller if examples else ''}add clips of its length "
+        f"and shape, remove the bucket, or set config.stages.{name}.small_buckets to "
+        f"{'repeat or leave_out' if examples else 'leave_out'}."
+      )
+    logging.warning("stage %s: bucket %s and is left out", name, small[-1])
   if not kept:
     raise UserError(
-      f"no clip fits a bucket of stage {name} ({', '.join(b.name for b in buckets)}): set "
-      f"config.stages.{name}.buckets to lengths and shapes that the videos have, or raise "
-      "config.data.max_crop."
+      f"no bucket of stage {name} has enough clips ({'; '.join(small)}): set "
+      f"config.stages.{name}.buckets to lengths and shapes that the videos have, lower their "
+      "batch, or raise config.data.max_crop."
     )
   return kept
+
+
+def _batch_bytes(task: Task, sizes: Mapping[Bucket, int]) -> int:
+  """Of the largest batch, the share of one host."""
+  return max(
+    sum(
+      math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
+      for spec in task.batch_spec(bucket, examples // jax.process_count()).values()
+    )
+    for bucket, examples in sizes.items()
+  )
+
+
+def _check_hosts(name: str, fingerprint: str) -> None:
+  """Refuses to start where hosts see different data: they would train on different batches."""
+  if jax.process_count() == 1:
+    return
+  mine = np.frombuffer(bytes.fromhex(fingerprint), np.uint8)
+  all_hosts = multihost_utils.process_allgather(mine)
+  others = [host for host, found in enumerate(all_hosts) if not np.array_equal(found, all_hosts[0])]
+  if others:
+    raise UserError(
+      f"stage {name}: host {others[0]} has other data than host 0 (another hash of its index and "
+      "settings): give all hosts the same --workdir, videos and config."
+    )
