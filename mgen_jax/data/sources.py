@@ -40,6 +40,9 @@ class Source(Protocol):
   def example(self, index: int, rng: np.random.Generator | None) -> Example:
     """Example `index`; `rng` decides what is random in it, None asks for none (evaluation)."""
 
+  def name(self, index: int) -> str:
+    """What example `index` was made from, for people who look for bad data."""
+
 
 class MediaSource:
   """Windows of the clips of an index, decoded when they are asked for.
@@ -69,6 +72,9 @@ class MediaSource:
 
   def __len__(self) -> int:
     return len(self.clips)
+
+  def name(self, index: int) -> str:
+    return self.clips[index].path
 
   def example(self, index: int, rng: np.random.Generator | None) -> Example:
     place = 0.5 if rng is None else rng.random()
@@ -156,6 +162,10 @@ class LatentSource:
   def __len__(self) -> int:
     return len(self.records)
 
+  def name(self, index: int) -> str:
+    record = self.records[index]
+    return f"{record.id} at {record.start:g} s" if record.fps else record.id
+
   def example(self, index: int, rng: np.random.Generator | None) -> Example:
     del rng
     record = self.records[index]
@@ -189,6 +199,9 @@ class JointSource:
 
   def __len__(self) -> int:
     return len(self.clips)
+
+  def name(self, index: int) -> str:
+    return self.clips.name(index)
 
   def example(self, index: int, rng: np.random.Generator | None) -> Example:
     chosen = (
