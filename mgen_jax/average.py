@@ -95,6 +95,7 @@ def _open(work: Workdir, entry: str) -> Model:
   number = int(step) if step else None
   with Checkpoints(str(folder / "checkpoints"), read_only=True) as checkpoints:
     meta = checkpoints.read_meta(number)
+    checkpoints.verify(number)  # once, and not for each of its tensors
   return Model(entry, folder, number, start.model_of(meta), meta)
 
 
