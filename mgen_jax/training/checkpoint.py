@@ -76,11 +76,11 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
     self._fall_back = fall_back
     self._pending: int | None = None
+    self._shapes: dict[int, dict[str, tuple[int, ...]]] = {}  # of what was read here, by step
     self._verified: set[int] = set()  # steps whose files have been compared with their checksums
     # One thread, in which each save ends: Orbax's commit, then our checksums.
     self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
     self._under_way: futures.Future | None = None
-    self._shapes: dict[int, dict[str, tuple[int, ...]]] = {}  # of what was read here, by step
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -183,7 +183,7 @@ class Checkpoints:
         self._set_aside(step)
 
   def _restore(self, step: int, target: TrainState) -> Restored:
-    self._verify(step)
+    self.verify(step)
     self._check_shapes(step, target)
     args = ocp.args.Composite(
       state=ocp.args.StandardRestore(target),
@@ -211,6 +211,7 @@ class Checkpoints:
       CheckpointError: there is none, it is damaged, or it belongs to another model.
     """
     step = self._existing(step)
+    self.verify(step)
     wanted = traverse_util.flatten_dict(with_layout(shapes, layout), sep="/")
     saved = self._saved_shapes(step)
     averaged = {name.removeprefix("ema/") for name in saved if name.startswith("ema/")}
@@ -225,7 +226,7 @@ class Checkpoints:
   def restore_tensors(
     self, wanted: Mapping[str, jax.ShapeDtypeStruct], step: int | None = None
   ) -> dict[str, jax.Array]:
-    """Reads some of the averaged parameters, by name.
+    """Reads some of the averaged parameters, by name; `verify` first.
 
     Args:
       wanted: shapes, dtypes and shardings by name, all of which the checkpoint has.
@@ -235,7 +236,6 @@ class Checkpoints:
       CheckpointError: there is none or it is damaged.
     """
     step = self._existing(step)
-    self._verify(step)
     saved = self._saved_shapes(step)
     group = {name: "ema" if f"ema/{name}" in saved else "params" for name in wanted}
     target = traverse_util.unflatten_dict(
@@ -278,11 +278,11 @@ class Checkpoints:
   def _path(self, step: int) -> Path:
     return Path(self.folder) / str(step)
 
-  def _verify(self, step: int) -> None:
+  def verify(self, step: int | None = None) -> None:
     """Compares the files with their checksums, once; all processes come to the same end."""
+    step, damage = self._existing(step), None
     if step in self._verified:
       return
-    damage = None
     try:
       checksums.verify(self._path(step), jax.process_index(), jax.process_count())
     except (checksums.Damaged, OSError) as error:
