@@ -146,7 +146,7 @@ def run_loop(stage: Stage, steps: int, **changes: Any) -> tuple[float, list[Buck
 def bare_steps(stage: Stage) -> Callable[[Sequence[Bucket]], float]:
   """A function that takes steps on a sequence of buckets and returns their seconds."""
   with mesh_lib.use(stage.mesh):
-    optimizer, shapes, layout, train_step = loop.make_program(
+    optimizer, shapes, layout, train_step, _ = loop.make_program(
       stage.task, stage.config, stage.mesh, 0
     )
     rows_of = loop.batch_shapes(stage.task, stage.stream.batch_sizes, stage.mesh)

@@ -21,6 +21,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from mgen_jax import (
+  average,
   cli,
   compilation_cache,
   distributed,
@@ -28,10 +29,9 @@ from mgen_jax import (
   evaluate,
   ingest,
   reconstruct,
-  schema,
 )
 from mgen_jax import config as config_lib
-from mgen_jax.errors import UserError
+from mgen_jax.errors import UserError, suggest
 from mgen_jax.training import runner
 from mgen_jax.workdir import Workdir
 
@@ -62,6 +62,7 @@ _CACHE = flags.DEFINE_string(
 RUNNERS = {
   "ingest": ingest.run,
   "train": runner.run,
+  "average": average.run,
   "encode": encode.run,
   "evaluate": evaluate.run,
   "reconstruct": reconstruct.run,
@@ -76,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
   experiment = config_lib.resolve(_CONFIG.value)
   stages = experiment.recipe if _STAGE.value is None else (_STAGE.value,)
   if not set(stages) <= set(experiment.recipe):
-    near = schema.suggest(_STAGE.value, experiment.recipe)
+    near = suggest(_STAGE.value, experiment.recipe)
     raise UserError(f'--stage={_STAGE.value} is not a stage of "{experiment.name}": {near}')
 
   cluster = distributed.choose(

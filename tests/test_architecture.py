@@ -23,7 +23,7 @@ LIBRARY = BELOW_TRAINING | {
 }
 COMMANDS = {
   *("main", "ingest", "plan", "encode", "sample", "evaluate", "reconstruct", "convert"),
-  *("watch", "plot"),
+  *("watch", "plot", "average", "sweep"),
 }
 
 # Part of mgen_jax -> the other parts that it may import. A part may always import itself.

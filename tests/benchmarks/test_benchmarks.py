@@ -4,6 +4,7 @@ What can be told without a clock is: both sides do the same step, a scan keeps a
 warm start compiles nothing, and memory is what a plan promises.
 """
 
+import dataclasses
 import json
 import sys
 
@@ -16,8 +17,10 @@ from benchmarks import (
   first_step,
   loop_overhead,
   memory,
+  t5_encoder,
   transformer_step,
 )
+from mgen_jax.encoders import sizes
 from mgen_jax.parallel import mesh as mesh_lib
 from tests.training import toy
 
@@ -53,6 +56,21 @@ def test_sides_that_differ_are_no_comparison(monkeypatch):
   monkeypatch.setattr(transformer_step, "torch_step", lambda *_, **__: lambda: 9.9)
   with pytest.raises(SystemExit, match="not the same step"):
     transformer_step.main([*SMALL, "--eager", "--rounds=1"])
+
+
+def test_encoders_are_compared_on_the_same_features(tmp_path, monkeypatch):
+  pytest.importorskip("transformers", reason="needs transformers, of the extra test")
+  base = sizes.SIZES["t5-base"].config
+  small = dataclasses.replace(base, vocab=99, width=24, heads=2, head_dim=8)
+  monkeypatch.setitem(sizes.SIZES, "t5-base", sizes.Size("t5", small))
+  flags = ["--layers=2", "--batch=2", "--length=16", "--rounds=1", "--threads=1"]
+  record = t5_encoder.main([*flags, f"--out={tmp_path}/a.json"])
+  assert json.loads((tmp_path / "a.json").read_text()) == record
+  assert [row["side"] for row in record["rows"]] == ["jax", "onednn", "torch"]
+  assert all(row["max_abs_error"] <= 1e-5 for row in record["rows"])
+  monkeypatch.setattr(t5_encoder, "LIMIT", -1.0)
+  with pytest.raises(SystemExit, match="not the same encoder"):
+    t5_encoder.main(flags)
 
 
 @pytest.mark.parametrize(("tokens", "grid"), [(16, (1, 4, 4)), (256, (4, 8, 8)), (4096, (16,) * 3)])
