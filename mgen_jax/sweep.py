@@ -9,7 +9,7 @@ Each --vary is a key of the experiment and its values; all combinations are prin
 --together the first values of all, then the second, and so on. Values that are tuples stand in
 brackets: stages.sft.lr_steps=((500,1e-5),),((900,1e-5),). Every command is checked as `main` would,
 has a --workdir of its own, and stands on a line: pipe them to a shell, xargs or a job array.
---flag=distributed gives every command a further flag.
+--flag=cluster=slurm gives every command a further flag.
 """
 
 import itertools
@@ -33,7 +33,9 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_multi_string("vary", [], "KEY=VALUE,VALUE,...", **to)
   flags.DEFINE_bool("together", False, "Vary all keys at once, not in all combinations.", **to)
   flags.DEFINE_string("workdir", None, "Folder of the runs' folders; default: runs/sweep.", **to)
-  flags.DEFINE_multi_string("flag", [], "A further flag of every command, like distributed.", **to)
+  flags.DEFINE_multi_string(
+    "flag", [], "A further flag of every command, like cluster=slurm.", **to
+  )
 
 
 def parse(text: str) -> tuple[str, list[str]]:

@@ -24,11 +24,11 @@ def printed(capsys, *arguments):
 def test_all_combinations_are_printed_each_with_its_own_folder(capsys):
   lines = printed(
     capsys, f"--config={CONFIG}", "--vary=seed=0,1", "--vary=stages.t2v.optimizer.lr=1e-3,1e-4",
-    "--flag=distributed",
+    "--flag=cluster=slurm",
   )  # fmt: skip
   assert lines[0] == (
     "python -m mgen_jax.main --config=tests/tiny.py --config.seed=0 "
-    "--config.stages.t2v.optimizer.lr=1e-3 --workdir=runs/sweep/tiny_seed=0_lr=1e-3 --distributed"
+    "--config.stages.t2v.optimizer.lr=1e-3 --workdir=runs/sweep/tiny_seed=0_lr=1e-3 --cluster=slurm"
   )
   folders = {word for line in lines for word in shlex.split(line) if word.startswith("--workdir")}
   assert len(lines) == len(folders) == 4
