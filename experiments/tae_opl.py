@@ -27,7 +27,7 @@ MARBLES = {"clips": 1000, "sizes": ((64, 64),), "frames": (16,), "sound": False,
 
 def devices(arm="full"):
   """Devices of each train stage."""
-  return dict.fromkeys(("base", "without", "with"), 64 if arm == "full" else 1)
+  return dict.fromkeys(("base", "penalised", "plain"), 64 if arm == "full" else 1)
 
 
 def _full(steps, frames=16, side=512, **task):
@@ -101,11 +101,11 @@ def get_config(arm="full"):
     stages={
       "ingest": {"kind": "ingest"},
       "base": make(50 * thousand),
-      "with": {**make(10 * thousand, outlier_weight=weight), "init_from": "base"},
-      "without": {**make(20 * thousand), "init_from": "base"},
+      "penalised": {**make(10 * thousand, outlier_weight=weight), "init_from": "base"},
+      "plain": {**make(20 * thousand), "init_from": "base"},
       "reconstruct": {
         "kind": "reconstruct",
-        "autoencoders": ("base", "with", "without"),
+        "autoencoders": ("base", "penalised", "plain"),
         "buckets": (f"{bucket[0]}x{bucket[1]}x{bucket[1]}", f"1x{bucket[1]}x{bucket[1]}"),
       },
     },

@@ -102,6 +102,13 @@ def test_what_cannot_be_used_is_named_with_the_fix(changes, words):
     assert word in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["with", "two words", "2nd"])
+def test_a_stage_that_no_flag_could_name_is_refused(name):
+  values = config.experiment(name="test", stages={name: {"kind": "ingest"}})
+  with pytest.raises(ConfigError, match=f'config.stages has "{name}", which no flag can spell'):
+    config.resolve(values)
+
+
 def test_channels_of_the_latents_must_fit():
   task = {**GENERATOR, "model": {**MODEL, "in_channels": 8}}
   with pytest.raises(ConfigError, match=r"t2i.task.model.in_channels is 8: .* has 16"):

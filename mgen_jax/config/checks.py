@@ -1,6 +1,7 @@
 """From an experiment as it was written to the typed one: the checks across its stages."""
 
 import dataclasses
+import keyword
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -36,6 +37,13 @@ def resolve(values: Mapping[str, Any] | config_dict.ConfigDict) -> Experiment:
     raise ConfigError(
       f"config.recipe {made.recipe} must name every stage once: {', '.join(sorted(made.stages))}."
     )
+  for kind, names in (("stages", made.stages), ("datasets", made.datasets)):
+    for name in names:
+      if not name.isidentifier() or keyword.iskeyword(name):
+        raise ConfigError(
+          f'config.{kind} has "{name}", which no flag can spell (--config.{kind}.{name}...): use '
+          "letters, digits and _, and no word of Python's own."
+        )
   for index, name in enumerate(made.recipe):
     stage = made.stages[name]
     if isinstance(stage, TrainStage):
