@@ -121,6 +121,16 @@ class Catalogue:
     names = ", ".join(map(_quoted, dict.fromkeys(("clip_id", *stage.needs))))
     return self._query(f"SELECT {names} FROM items WHERE {kept} ORDER BY source_id, copy, clip_id")
 
+  def keyed(self, scores: pa.Table) -> pa.Table:
+    """`scores` of clips (clip_id, ...) with partition, source_id and copy, in order."""
+    self._database.register("given", scores)
+    table = self._query(
+      "SELECT i.partition, i.source_id, i.copy, g.* FROM given g JOIN items i USING (clip_id)"
+      " ORDER BY i.source_id, i.copy, clip_id"
+    )
+    self._database.unregister("given")
+    return table
+
   def decide(self) -> pa.Table:
     """Every item with all scores and, in this order at the end:
 

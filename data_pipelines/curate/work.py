@@ -150,7 +150,9 @@ class _Unit:
     split = self.recipe.split
     known = self.old[split.name].get(_source_key(row))
     if known is None:
-      observed = [stage for stage in self.at_clips if isinstance(stage, FrameStage)]
+      observed = [
+        s for s in self.at_clips if isinstance(s, FrameStage) and s.name not in self.gates
+      ]
       watched = self._watch(row, path, on_frames, split, None, observed)
       if watched.error_code:
         self._add(split, row | {"clip_id": None}, _fault_of(watched))
@@ -184,13 +186,10 @@ class _Unit:
         self._add(stage, row, self._timed(stage, row))
 
   def _watch(self, row, path, on_source, split, clips, on_clips) -> decode.Watched:
-    watched = _decoder(self.task.limits).watch(
-      path, row, on_source, split, clips, on_clips, self.gates
-    )
+    watched = _decoder(self.task.limits).watch(path, row, on_source, split, clips, on_clips)
     self.new_sources.add(_source_key(row))
     self.frames += watched.frames
-    for name, seconds in watched.cpu.items():
-      self.cpu[name] += seconds
+    self.cpu["decode"] += watched.cpu_seconds or 0.0
     return watched
 
   # Of clips.
