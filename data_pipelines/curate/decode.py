@@ -1,0 +1,407 @@
+"""Frames of files that nobody has checked, decoded once for all observers, in a child process.
+
+A video is a program for its decoder, and some make it hang, crash or eat all memory. So decoding
+and observing happen in a child that has a deadline and a memory limit; if it dies or is killed, the
+file gets an error code and the next file a new child. What is computed from frames is in `stages`;
+how one pass both finds the clips of a source and observes them is in `watch`.
+"""
+
+import dataclasses
+import importlib
+import multiprocessing
+import os
+import time as clock
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+from av.video.reformatter import Interpolation
+
+from data_pipelines.curate.stage import Frame, FrameStage, SourceStage, SplitStage
+from mgen_jax.data.media import (
+  MediaError,
+  display_size,
+  frame_to_rgb,
+  header_duration,
+  open_media,
+  refuse_truncated,
+  video_stream,
+)
+from mgen_jax.data.media_write import EXACT, reformatter
+
+# Luma of these is their first plane, 8 bits a sample.
+_PLANAR = frozenset(
+  f"yuv{kind}{chroma}p" for kind in ("", "j", "a") for chroma in ("410", "411", "420", "422", "440", "444")
+) | {"gray", "nv12", "nv21"}  # fmt: skip
+_POLL = 0.2  # seconds between two looks at a child's memory
+
+
+class DecodeError(MediaError):
+  """A file that is not curated; `code` is what it is counted under."""
+
+  def __init__(self, code: str, message: str):
+    super().__init__(message)
+    self.code = code
+
+  def __reduce__(self):
+    return DecodeError, (self.code, str(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """What one file may cost.
+
+  Attributes:
+    pixels: of one frame; 8K is 33 million.
+    duration: seconds that a header may claim.
+    memory: bytes of the child; above that it is killed.
+    slowest: seconds of work for one second of video, before the child is killed.
+    patience: seconds that even the shortest file gets.
+  """
+
+  pixels: int = 36_000_000
+  duration: float = 6 * 3600.0
+  memory: int = 3 << 30
+  slowest: float = 20.0
+  patience: float = 60.0
+
+
+@dataclasses.dataclass
+class Watched:
+  """What one pass over a file gave.
+
+  Attributes:
+    source: the columns of the source's stages.
+    clips: a row for each clip: its columns from the split, and those of the clips' stages.
+    error_code, error: why there is nothing, or "".
+    frames: how many were decoded.
+    cpu_seconds: of the child; None if it died.
+  """
+
+  source: dict[str, Any] = dataclasses.field(default_factory=dict)
+  clips: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  error_code: str = ""
+  error: str = ""
+  frames: int = 0
+  cpu_seconds: float | None = None
+
+
+def refuse_link(path: str | os.PathLike, root: str | os.PathLike) -> None:
+  """Raises DecodeError (linked_outside) if `path` leads out of the folder `root`."""
+  if not Path(path).resolve().is_relative_to(Path(root).resolve()):
+    raise DecodeError("linked_outside", f"{path} is a link out of {root}; copy the file there.")
+
+
+# One file, in the child
+
+
+class Forms:
+  """The forms of one decoded frame that observers ask for, each made at most once."""
+
+  def __init__(self, frame: av.VideoFrame, stream):
+    self.frame = frame
+    self._stream = stream
+    self._known: dict[tuple[str, int | None], np.ndarray] = {}
+    self._turns = frame.rotation // 90
+
+  def __call__(self, form: str, width: int | None) -> np.ndarray:
+    key = (form, width)
+    if key not in self._known:
+      self._known[key] = self._luma(width) if form == "luma" else self._rgb(width)
+    return self._known[key]
+
+  def without_copies(self, widest: int) -> "Forms":
+    """The same picture to be kept for a while: no wider than that, nothing cached."""
+    frame = self.frame
+    if frame.width > widest:
+      rotation = self._turns
+      height = max(2, round(frame.height * widest / frame.width))
+      frame = reformatter().reformat(
+        frame, width=widest, height=height, format="yuv420p",
+        interpolation=Interpolation.AREA | EXACT, threads=1,
+      )  # fmt: skip
+      small = Forms(frame, self._stream)
+      small._turns = rotation
+      return small
+    return Forms(frame, self._stream)
+
+  def _size(self, width):
+    """(width, height) as displayed, no wider than `width`."""
+    full = display_size(self.frame, self._stream)
+    if width is None or width >= full[0]:
+      return full
+    return width, max(1, round(full[1] * width / full[0]))
+
+  def _luma(self, width):
+    if width is not None:
+      luma, size = self("luma", None), self._size(width)
+      return cv2.resize(luma, size, interpolation=cv2.INTER_AREA)
+    frame = self.frame
+    if frame.format.name not in _PLANAR:
+      frame = reformatter().reformat(frame, format="yuv420p", interpolation=EXACT, threads=1)
+    plane = frame.planes[0]
+    luma = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+    luma = luma[: frame.height, : frame.width]
+    return np.ascontiguousarray(np.rot90(luma, self._turns)) if self._turns % 4 else luma
+
+  def _rgb(self, width):
+    if width is None:
+      return frame_to_rgb(self.frame, self._stream, None)
+    size = self._size(width)
+    return frame_to_rgb(self.frame, self._stream, size[::-1])
+
+
+def explain(error: Exception, path: str) -> DecodeError:
+  """The DecodeError of what reading `path` raised."""
+  if isinstance(error, DecodeError):
+    return error
+  if isinstance(error, MemoryError):  # FFmpeg's own is one too
+    return DecodeError("out_of_memory", f"{path} needs more memory than a file may.")
+  text = str(error)
+  code = "damaged"
+  for words, name in (
+    ("no video track", "no_video"),
+    ("cannot be opened", "not_media"),
+    ("truncated", "truncated"),
+  ):
+    if words in text:
+      code = name
+      break
+  return DecodeError(code, text)
+
+
+def open_checked(path: str, limits: Limits):
+  """`open_media` with a limit to what the decoder may allocate for a frame."""
+  return open_media(path, max_pixels=str(limits.pixels))
+
+
+def check_stream(container, stream, path: str, limits: Limits) -> float:
+  """Refuses what the header says; returns its duration in seconds.
+
+  Raises DecodeError: no_video (no decoder), too_large, too_long; MediaError if truncated.
+  """
+  context = stream.codec_context
+  if context is None:
+    raise DecodeError("no_video", f"{path}: there is no decoder for its video track.")
+  if context.width * context.height > limits.pixels:
+    raise DecodeError(
+      "too_large",
+      f"{path} says that its frames are {context.width} x {context.height} pixels; at most"
+      f" {limits.pixels:,} pixels are read.",
+    )
+  duration = header_duration(container, stream)
+  if duration > limits.duration:
+    raise DecodeError(
+      "too_long",
+      f"{path} says that it lasts {duration:.0f} s; at most {limits.duration:.0f} s are read.",
+    )
+  refuse_truncated(stream, path)
+  # A damaged frame is a fault of the file, not something to guess over.
+  context.options = {"err_detect": "explode", "max_pixels": str(limits.pixels)}
+  return duration
+
+
+def decode_frames(
+  path: str, limits: Limits, start: float = 0.0, end: float | None = None
+) -> Iterator[tuple[float, int, Forms]]:
+  """(seconds from the first frame, pts, forms) of the frames in [start, end), in order.
+
+  Raises DecodeError for whatever is wrong with the file; of a whole file also if its last frame is
+  long before the end that its header promises.
+  """
+  try:
+    with open_checked(path, limits) as container:
+      stream = video_stream(container, path)
+      duration = check_stream(container, stream, path, limits)
+      first = stream.start_time
+      if start > 1.0 and first is not None:  # less is quicker to decode than to seek
+        container.seek(int(start / stream.time_base) + first, stream=stream)
+      step = 1 / float(stream.average_rate or stream.guessed_rate or 25)
+      time = None
+      for frame in container.decode(stream):
+        if frame.is_corrupt:
+          raise DecodeError("damaged", f"{path} is damaged after {time or 0:.2f} s.")
+        if frame.pts is None:  # some AVI files have no time stamps: count on
+          last, time = time, 0.0 if time is None else time + step
+          pts = round(time / stream.time_base)
+        else:
+          first = frame.pts if first is None else first
+          last, time = time, float((frame.pts - first) * stream.time_base)
+          pts = frame.pts
+        if last is not None and time <= last:
+          continue  # the picture of a moment is its first
+        if end is not None and time >= end - 1e-6:
+          return
+        if time >= start - 1e-6:
+          yield time, pts, Forms(frame, stream)
+      if time is None:
+        raise DecodeError("damaged", f"{path} has no frame that can be decoded.")
+      if duration - time > 2 * step + max(0.5, 0.02 * duration):
+        raise DecodeError(
+          "truncated",
+          f"{path} ends at {time:.2f} s, its header says {duration:.2f} s; copy it again.",
+        )
+  except (av.FFmpegError, MediaError, MemoryError, OSError) as error:
+    raise explain(error, path) from error
+
+
+# The child
+
+
+def _probe(stage: SourceStage, path: str) -> dict[str, Any]:
+  return stage.score(path)
+
+
+def _serve(connection, limits: Limits) -> None:
+  """Answers (module, function, arguments) with ("done", result), ("file", ...) or ("bug", ...)."""
+  _limit_memory(limits.memory)
+  cv2.setNumThreads(1)  # many files at once keep the cores busier than many threads on a file
+  av.logging.set_level(av.logging.PANIC)
+  while True:
+    try:
+      module, function, arguments = connection.recv()
+    except EOFError:  # the parent is gone
+      return
+    before = clock.process_time()
+    try:
+      result = getattr(importlib.import_module(module), function)(*arguments)
+      answer = ("done", result, clock.process_time() - before)
+    except DecodeError as error:
+      answer = ("file", (error.code, str(error)), clock.process_time() - before)
+    except MemoryError:
+      answer = ("file", ("out_of_memory", ""), clock.process_time() - before)
+    except Exception:
+      connection.send(("bug", traceback.format_exc(), 0.0))
+      raise
+    connection.send(answer)
+
+
+def _limit_memory(memory: int) -> None:
+  """Makes allocations beyond it fail, where the system can; the parent watches it besides."""
+  try:
+    import resource
+  except ImportError:  # not on Windows
+    return
+  resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+
+
+class Decoder:
+  """One child process, started when first needed, and again after each death.
+
+  A context manager; use one in each worker process. Its methods return scores or error codes and
+  raise only for faults of ours, with the child's traceback.
+  """
+
+  def __init__(self, limits: Limits | None = None):
+    self.limits = limits or Limits()
+    self.restarts = 0
+    self._process: multiprocessing.process.BaseProcess | None = None
+    self._connection = None
+
+  def __enter__(self) -> "Decoder":
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self.close()
+
+  def close(self) -> None:
+    """Ends the child."""
+    if self._process is not None:
+      self._connection.close()
+      self._process.kill()
+      self._process.join()
+      self._process = None
+
+  def probe(self, stage: SourceStage, path: str) -> dict[str, Any]:
+    """The stage's columns for the file, or its error_code and error alone."""
+    try:
+      return self.call(__name__, "_probe", (stage, os.fspath(path)), os.fspath(path), 0.0)[0]
+    except DecodeError as error:
+      return {"error_code": error.code, "error": str(error)}
+
+  def watch(
+    self,
+    path: str | os.PathLike,
+    source: Mapping[str, Any],
+    source_stages: Sequence[FrameStage] = (),
+    split: SplitStage | None = None,
+    clips: Sequence[Mapping[str, Any]] | None = None,
+    clip_stages: Sequence[FrameStage] = (),
+  ) -> Watched:
+    """One pass over a file for all stages; see `watch.watch`.
+
+    Args:
+      path: the file.
+      source: its scores so far; "duration" sets the deadline.
+      source_stages: of level "source"; they see the whole file.
+      split: finds clips from the source's scores; their stages see them in the same pass.
+      clips: or the clips that are known already.
+      clip_stages: of level "clip".
+    """
+    path = os.fspath(path)
+    arguments = (
+      path, dict(source), tuple(source_stages), split,
+      None if clips is None else [dict(clip) for clip in clips], tuple(clip_stages), self.limits,
+    )  # fmt: skip
+    try:
+      result, cpu = self.call(
+        "data_pipelines.curate.watch", "watch", arguments, path, source.get("duration") or 0.0
+      )
+    except DecodeError as error:
+      return Watched(error_code=error.code, error=str(error))
+    return dataclasses.replace(result, cpu_seconds=cpu)
+
+  def call(self, module: str, function: str, arguments: tuple, path: str, seconds: float):
+    """(what module.function(*arguments) returns in the child, its CPU seconds).
+
+    Raises DecodeError if the file is at fault, or the child died or was killed over it.
+    """
+    self._start()
+    limits = self.limits
+    deadline = clock.monotonic() + limits.patience + limits.slowest * seconds
+    try:
+      self._connection.send((module, function, arguments))
+      while not self._connection.poll(_POLL):
+        if clock.monotonic() > deadline:
+          self.close()
+          raise DecodeError("decode_timeout", f"{path} was not read within its deadline.")
+        if _resident(self._process.pid) > limits.memory:
+          self.close()
+          raise DecodeError("out_of_memory", f"{path} needs more than {limits.memory:,} bytes.")
+      kind, result, cpu = self._connection.recv()
+    except (EOFError, ConnectionError) as error:
+      self._process.join()
+      exit_code = self._process.exitcode
+      self.close()
+      raise DecodeError("crashed", f"{path} ended the decoder (exit {exit_code}).") from error
+    if kind == "file":
+      raise DecodeError(*result)
+    if kind == "bug":
+      self.close()
+      raise RuntimeError(f"{path}: {result}")
+    return result, cpu
+
+  def _start(self):
+    if self._process is not None and self._process.is_alive():
+      return
+    if self._process is not None:
+      self.close()
+    # Spawned, not forked: the parent may hold threads (engines do).
+    context = multiprocessing.get_context("spawn")
+    self._connection, theirs = context.Pipe()
+    self._process = context.Process(target=_serve, args=(theirs, self.limits), daemon=True)
+    self._process.start()
+    theirs.close()
+    self.restarts += 1
+
+
+def _resident(pid: int) -> int:
+  """Bytes of memory that a process holds; 0 where the system does not say."""
+  try:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+  except (OSError, IndexError):
+    return 0
