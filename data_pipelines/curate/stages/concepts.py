@@ -21,17 +21,20 @@ class Concepts(stage.TableStage):
   """The paper keeps 0.817 of its clips here (Table 38: 1.15 % to 0.94 %)."""
 
   name = "concepts"
-  columns = {"cluster": pa.int32(), "cluster_size": pa.int32()}
-  needs = ("embedding",)
-  choice = ("resampled", "concepts")
+  columns = {
+    "cluster": pa.int32(),  # -1 for a clip without embedding
+    "cluster_size": pa.int32(),
+    "in_concepts": pa.bool_(),  # whether it is still there after resampling
+  }
+  needs = ("embedding", "human")
 
   clusters: int = 0  # before merging; 0: one for `per_cluster` clips
   per_cluster: int = 64
   iterations: int = 20
   merge: float = 0.9  # cosine of two centres from which on they are one
-  keep: float = stage.threshold(0.817)  # share of the clips; 1 keeps all
-  spare_humans: float = stage.threshold(0.0)  # clips with `human` from here on stay; 0: no exception
-  seed: int = stage.threshold(0)
+  keep: float = 0.817  # share of the clips; 1 keeps all
+  spare_humans: float = 2.0  # clips with `human` from here on stay; above 1: no exception
+  seed: int = 0
 
   def __post_init__(self):
     if not 0 < self.keep <= 1 or not 0 < self.merge <= 1:
@@ -44,37 +47,41 @@ class Concepts(stage.TableStage):
   def scorer(self) -> str:
     return f"faiss k-means {faiss.__version__}"
 
+  def rules(self) -> tuple[stage.Rule, ...]:
+    return (stage.Rule("in_concepts", "resampled", "concepts", at_least=1),)
+
   def score(self, table: pa.Table) -> pa.Table:
     rows = table["embedding"].to_pylist()
     there = [index for index, row in enumerate(rows) if row is not None]
-    labels: list[int | None] = [None] * len(rows)
+    labels = np.full(len(rows), -1)
     if there:
       vectors = np.float32([rows[index] for index in there])
       count = self.clusters or max(1, len(there) // self.per_cluster)
-      merged = cluster(vectors, min(count, len(there)), self.iterations, self.merge)
-      for index, label in zip(there, merged.tolist(), strict=True):
-        labels[index] = label
-    sizes = np.bincount([label for label in labels if label is not None], minlength=1)
-    size = [None if label is None else int(sizes[label]) for label in labels]
-    return pa.table({"cluster": labels, "cluster_size": size}, schema=pa.schema(self.columns))
-
-  def choose(self, table: pa.Table, kept: np.ndarray) -> np.ndarray:
-    """bool [n], a subset of `kept`; cluster sizes are those of the clips that are kept so far."""
-    if self.keep == 1:
-      return kept
-    labels = np.array([-1 if x is None else x for x in table["cluster"].to_pylist()], np.int64)
-    spared = ~kept | (labels < 0)
-    if self.spare_humans and "human" in table.column_names:
-      human = np.array([x or 0.0 for x in table["human"].to_pylist()])
-      spared |= human >= self.spare_humans
-    free = ~spared
-    sizes = np.bincount(labels[free], minlength=labels.max(initial=0) + 1)
-    wanted = self.keep * kept.sum() - (kept & spared).sum()
-    shares = inverse_root(sizes, max(wanted, 0.0))
+      labels[there] = cluster(vectors, min(count, len(there)), self.iterations, self.merge)
+    human = np.array([each or 0.0 for each in table["human"].to_pylist()])
+    spared = (labels < 0) | (human >= self.spare_humans)
+    sizes = np.bincount(labels[labels >= 0], minlength=1)
     draw = draws.uniform(self.seed, "concepts", table["clip_id"].to_pylist())
-    left = kept.copy()
-    left[free] = draw[free] < shares[labels[free]]
-    return left
+    made = {
+      "cluster": labels,
+      "cluster_size": np.where(labels < 0, 0, sizes[labels]),
+      "in_concepts": resample(labels, spared, draw, self.keep),
+    }
+    return pa.table({name: pa.array(made[name], kind) for name, kind in self.columns.items()})
+
+
+def resample(labels: np.ndarray, spared: np.ndarray, draw: np.ndarray, keep: float) -> np.ndarray:
+  """bool [n]: which clips of clusters `labels` [n] stay so that a share `keep` of all does.
+
+  Those `spared` (bool [n]) stay whatever the size of their cluster; of the others in a cluster of
+  n, those with a draw below min(1, sqrt(t / n)).
+  """
+  free = ~spared
+  sizes = np.bincount(labels[free], minlength=1)
+  shares = inverse_root(sizes, max(keep * len(labels) - spared.sum(), 0.0))
+  kept = spared.copy()
+  kept[free] = draw[free] < shares[labels[free]]
+  return kept
 
 
 def cluster(vectors: np.ndarray, count: int, iterations: int, merge: float) -> np.ndarray:

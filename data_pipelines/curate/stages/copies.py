@@ -2,8 +2,9 @@
 
 Found are pairs: by equal packets and span, then by what `hashes` wrote. Two clips are as alike as
 their frames are at the best shift of one against the other; embeddings are alike by their cosine.
-Pairs from a floor on are stored with the clip, so that another threshold is a query. Groups are the
-connected parts of the pairs (union-find). The winner is the clip with the most pixels, then the best
+What
+is stored is how alike a clip is to a better one, so that another threshold is a query. Groups are the
+connected parts of the pairs (union-find), and all but its winner leave a group. The winner is the clip with the most pixels, then the best
 looks, then the longest, then the smallest id.
 
 Comparing every clip with every other is exact up to `exact_up_to` rows; beyond, each is compared
@@ -12,6 +13,7 @@ with those of its nearest cells only (faiss, inverted lists).
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -40,19 +42,15 @@ class Copies(stage.TableStage):
   columns = {
     "copy_similarity": pa.float64(),  # to the most similar clip that ranks above it; 0: to none
     "copy_of": pa.string(),  # that clip; "" for none
-    "copy_group": pa.string(),  # the winner of its group at the threshold of `grouped_at`
-    "copy_rank": pa.int32(),  # 0 is best, over all clips
-    "copy_neighbours": pa.list_(pa.string()),  # all pairs from the floor on
-    "copy_similarities": pa.list_(pa.float32()),
+    "copy_group": pa.string(),  # the winner of its group, at `grouped_at`
   }
   needs = (
     *("packets_md5", "copy_hashes", "copy_embedding", "start", "end"),
     *("width", "height", "aesthetics"),
   )
-  choice = ("duplicate", "duplicates")
 
   by: Literal["hash", "embedding"] = "hash"
-  floor: float = 0.9  # pairs below are not stored; max_similarity must be above
+  floor: float = 0.9  # what is less alike counts as not alike at all
   grouped_at: float = 0.92
   exact_up_to: int = 200_000  # frames (hash) or clips (embedding)
   max_similarity: float = stage.threshold(0.92)
@@ -63,6 +61,11 @@ class Copies(stage.TableStage):
         raise ConfigError(
           f"copies.{name} is {value} and copies.floor {self.floor}: 0.5 <= floor <= {name} <= 1."
         )
+
+  def rules(self) -> tuple[stage.Rule, ...]:
+    most = self.max_similarity
+    rule = stage.Rule("copy_similarity", "duplicate", "duplicates", at_most=most, strict=True)
+    return (rule,)
 
   def scorer(self) -> str:
     return f"{self.by}, faiss {faiss.__version__}"
@@ -75,22 +78,6 @@ class Copies(stage.TableStage):
     for pair, similarity in found:
       pairs[pair] = max(similarity, pairs.get(pair, 0.0))
     return pa.table(describe(ids, order, pairs, self.grouped_at), schema=pa.schema(self.columns))
-
-  def choose(self, table: pa.Table, kept: np.ndarray) -> np.ndarray:
-    """bool [n]: without the clips that are too similar to a better one that is kept itself."""
-    ids = table["clip_id"].to_pylist()
-    place = {each: index for index, each in enumerate(ids)}
-    ranks = table["copy_rank"].to_pylist()
-    neighbours = table["copy_neighbours"].to_pylist()
-    similarities = table["copy_similarities"].to_pylist()
-    left = kept.copy()
-    for index in sorted(np.flatnonzero(kept), key=lambda i: (ranks[i] is None, ranks[i], ids[i])):
-      for other, similarity in zip(neighbours[index] or (), similarities[index] or (), strict=True):
-        there = place.get(other)
-        better = there is not None and left[there] and ranks[there] < ranks[index]
-        if better and similarity >= self.max_similarity:
-          left[index] = False
-    return left
 
   def _by_hash(self, table) -> Iterator[tuple[tuple[int, int], float]]:
     frames = [_bits(row) for row in table["copy_hashes"].to_pylist()]
@@ -131,7 +118,7 @@ def rank(table: pa.Table) -> list[int]:
 
 
 def exact_pairs(table: pa.Table) -> Iterator[tuple[tuple[int, int], float]]:
-  """Clips of the same packets and the same span, with similarity 1; neighbours in each group."""
+  """Clips of the same packets and the same span, with similarity 1, as a chain in each group."""
   groups: dict[bytes, list[int]] = {}
   columns = (table[name].to_pylist() for name in ("packets_md5", "start", "end"))
   for index, (digest, start, end) in enumerate(zip(*columns, strict=True)):
@@ -139,8 +126,7 @@ def exact_pairs(table: pa.Table) -> Iterator[tuple[tuple[int, int], float]]:
       key = hashlib.sha256(f"{digest}|{start:.3f}|{end:.3f}".encode()).digest()
       groups.setdefault(key, []).append(index)
   for members in groups.values():
-    # Every pair, not a chain: a decision may take any one of them away.
-    yield from (((i, j), 1.0) for a, i in enumerate(members) for j in members[a + 1 :])
+    yield from (((i, j), 1.0) for i, j in itertools.pairwise(members))
 
 
 def near_hashes(
@@ -240,11 +226,8 @@ def describe(
   ids: Sequence[str], ranks: Sequence[int], pairs: dict[tuple[int, int], float], grouped_at: float
 ) -> dict[str, Any]:
   """The columns of `Copies` from pairs (i < j) and their similarities."""
-  near: list[list[tuple[str, float]]] = [[] for _ in ids]
   best = [(0.0, "")] * len(ids)
   for (i, j), similarity in pairs.items():
-    near[i].append((ids[j], similarity))
-    near[j].append((ids[i], similarity))
     worse, better = (i, j) if ranks[i] > ranks[j] else (j, i)
     if (similarity, ids[better]) > best[worse]:
       best[worse] = (similarity, ids[better])
@@ -252,14 +235,10 @@ def describe(
   winners: dict[int, int] = {}
   for index, root in enumerate(roots):
     winners[root] = min(winners.get(root, index), index, key=lambda i: ranks[i])
-  near = [sorted(each) for each in near]
   return {
     "copy_similarity": [similarity for similarity, _ in best],
     "copy_of": [other for _, other in best],
     "copy_group": [ids[winners[root]] for root in roots],
-    "copy_rank": list(ranks),
-    "copy_neighbours": [[other for other, _ in each] for each in near],
-    "copy_similarities": [[similarity for _, similarity in each] for each in near],
   }
 
 

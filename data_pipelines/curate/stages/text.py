@@ -80,38 +80,40 @@ class Text(stage.FrameStage):
     return f"{self.reader} {importlib.metadata.version(self.reader)}"
 
   def observer(self, row: stage.Row) -> "Observer":
-    return Observer(self, READERS[self.reader](self.side), sampling.duration(row))
+    width, height = row["width"] or self.side, row["height"] or self.side
+    fitted = max(32, round(self.side * min(1.0, width / height)))
+    return Observer(self, fitted, sampling.duration(row))
 
 
 class Observer:
-  """Reads as it goes: no frame is kept."""
+  """Keeps the few frames that are to be read; reading is dear, so it waits until it is asked for."""
 
-  def __init__(self, settings: Text, reader: Reader, seconds: float):
-    self._settings, self._reader = settings, reader
+  def __init__(self, settings: Text, width: int, seconds: float):
+    self._settings, self._width = settings, width
     self._taker = sampling.Taker(sampling.spread(settings.frames, seconds))
+    self._frames: list[np.ndarray] = []
     self._last = None
-    self._found = []  # (score, coverage, text) of each frame read
 
   def frame(self, frame: stage.Frame) -> None:
     if not self._taker.wants(frame.time):
       return
-    rgb = frame.rgb()
+    rgb = frame.rgb_at(self._width)
     thumb = cv2.resize(rgb[..., 1], _THUMB, interpolation=cv2.INTER_AREA).astype(np.float32)
-    if self._last is not None and np.abs(thumb - self._last).mean() < _CHANGED:
-      return
-    self._last = thumb
-    self._found.append(measure(rgb, self._reader, self._settings))
+    if self._last is None or np.abs(thumb - self._last).mean() >= _CHANGED:
+      self._frames.append(rgb)
+      self._last = thumb
 
   def scores(self) -> dict[str, Any]:
-    if not self._found:
+    if not self._frames:
       return dict.fromkeys(Text.columns)
-    score, _, text = max(self._found)
-    coverage = max(coverage for _, coverage, _ in self._found)
+    reader = READERS[self._settings.reader](self._settings.side)
+    found = [measure(rgb, reader, self._settings) for rgb in self._frames]
+    score, _, text = max(found)
     return {
       "text_score": score,
-      "text_coverage": coverage,
+      "text_coverage": max(coverage for _, coverage, _ in found),
       "text_found": text,
-      "text_frames": len(self._found),
+      "text_frames": len(found),
     }
 
 
