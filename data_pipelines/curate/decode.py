@@ -7,12 +7,11 @@ how one pass both finds the clips of a source and observes them is in `watch`.
 """
 
 import dataclasses
-import importlib
 import multiprocessing
 import os
 import time as clock
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ import cv2
 import numpy as np
 from av.video.reformatter import Interpolation
 
-from data_pipelines.curate.stage import Frame, FrameStage, SourceStage, SplitStage
 from mgen_jax.data.media import (
   MediaError,
   display_size,
@@ -68,26 +66,6 @@ class Limits:
   memory: int = 3 << 30
   slowest: float = 20.0
   patience: float = 60.0
-
-
-@dataclasses.dataclass
-class Watched:
-  """What one pass over a file gave.
-
-  Attributes:
-    source: the columns of the source's stages.
-    clips: a row for each clip: its columns from the split, and those of the clips' stages.
-    error_code, error: why there is nothing, or "".
-    frames: how many were decoded.
-    cpu_seconds: of the child; None if it died.
-  """
-
-  source: dict[str, Any] = dataclasses.field(default_factory=dict)
-  clips: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-  error_code: str = ""
-  error: str = ""
-  frames: int = 0
-  cpu_seconds: float | None = None
 
 
 def refuse_link(path: str | os.PathLike, root: str | os.PathLike) -> None:
@@ -206,9 +184,11 @@ def check_stream(container, stream, path: str, limits: Limits) -> float:
 
 
 def decode_frames(
-  path: str, limits: Limits, start: float = 0.0, end: float | None = None
+  path: str, limits: Limits, start: float = 0.0, end: float | None = None, vectors: bool = False
 ) -> Iterator[tuple[float, int, Forms]]:
   """(seconds from the first frame, pts, forms) of the frames in [start, end), in order.
+
+  With `vectors` the frames carry the motion vectors that the encoder stored.
 
   Raises DecodeError for whatever is wrong with the file; of a whole file also if its last frame is
   long before the end that its header promises.
@@ -217,6 +197,10 @@ def decode_frames(
     with open_checked(path, limits) as container:
       stream = video_stream(container, path)
       duration = check_stream(container, stream, path, limits)
+      if vectors:
+        stream.codec_context.flags2 |= av.codec.context.Flags2.export_mvs
+      if _announce is not None:
+        _announce((end or duration) - start)
       first = stream.start_time
       if start > 1.0 and first is not None:  # less is quicker to decode than to seek
         container.seek(int(start / stream.time_base) + first, stream=stream)
@@ -251,31 +235,29 @@ def decode_frames(
 
 # The child
 
-
-def _probe(stage: SourceStage, path: str) -> dict[str, Any]:
-  return stage.score(path)
+_announce: Any = None  # in the child: tells the parent how much there is to do
 
 
 def _serve(connection, limits: Limits) -> None:
-  """Answers (module, function, arguments) with ("done", result), ("file", ...) or ("bug", ...)."""
+  """Answers (function, arguments) with ("done", result), ("file", ...) or ("bug", ...)."""
+  global _announce
+  _announce = lambda seconds: connection.send(("length", seconds))  # noqa: E731
   _limit_memory(limits.memory)
   cv2.setNumThreads(1)  # many files at once keep the cores busier than many threads on a file
   av.logging.set_level(av.logging.PANIC)
   while True:
     try:
-      module, function, arguments = connection.recv()
+      function, arguments = connection.recv()
     except EOFError:  # the parent is gone
       return
-    before = clock.process_time()
     try:
-      result = getattr(importlib.import_module(module), function)(*arguments)
-      answer = ("done", result, clock.process_time() - before)
+      answer = ("done", function(*arguments))
     except DecodeError as error:
-      answer = ("file", (error.code, str(error)), clock.process_time() - before)
+      answer = ("file", (error.code, str(error)))
     except MemoryError:
-      answer = ("file", ("out_of_memory", ""), clock.process_time() - before)
+      answer = ("file", ("out_of_memory", "A file needs more memory than it may."))
     except Exception:
-      connection.send(("bug", traceback.format_exc(), 0.0))
+      connection.send(("bug", traceback.format_exc()))
       raise
     connection.send(answer)
 
@@ -289,20 +271,19 @@ def _limit_memory(memory: int) -> None:
   resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
 
 
-class Decoder:
-  """One child process, started when first needed, and again after each death.
+class Guard:
+  """Calls functions on files in a child process, which is started anew whenever it died.
 
-  A context manager; use one in each worker process. Its methods return scores or error codes and
-  raise only for faults of ours, with the child's traceback.
+  Use one in each worker process, and close it; it is a context manager too.
   """
 
   def __init__(self, limits: Limits | None = None):
     self.limits = limits or Limits()
-    self.restarts = 0
+    self.started = 0  # how many children there were
     self._process: multiprocessing.process.BaseProcess | None = None
-    self._connection = None
+    self._connection: Any = None
 
-  def __enter__(self) -> "Decoder":
+  def __enter__(self) -> "Guard":
     return self
 
   def __exit__(self, *exception) -> None:
@@ -316,87 +297,53 @@ class Decoder:
       self._process.join()
       self._process = None
 
-  def probe(self, stage: SourceStage, path: str) -> dict[str, Any]:
-    """The stage's columns for the file, or its error_code and error alone."""
-    try:
-      return self.call(__name__, "_probe", (stage, os.fspath(path)), os.fspath(path), 0.0)[0]
-    except DecodeError as error:
-      return {"error_code": error.code, "error": str(error)}
+  def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function(*arguments)` returns; a function of a module, and plain arguments.
 
-  def watch(
-    self,
-    path: str | os.PathLike,
-    source: Mapping[str, Any],
-    source_stages: Sequence[FrameStage] = (),
-    split: SplitStage | None = None,
-    clips: Sequence[Mapping[str, Any]] | None = None,
-    clip_stages: Sequence[FrameStage] = (),
-  ) -> Watched:
-    """One pass over a file for all stages; see `watch.watch`.
-
-    Args:
-      path: the file.
-      source: its scores so far; "duration" sets the deadline.
-      source_stages: of level "source"; they see the whole file.
-      split: finds clips from the source's scores; their stages see them in the same pass.
-      clips: or the clips that are known already.
-      clip_stages: of level "clip".
-    """
-    path = os.fspath(path)
-    arguments = (
-      path, dict(source), tuple(source_stages), split,
-      None if clips is None else [dict(clip) for clip in clips], tuple(clip_stages), self.limits,
-    )  # fmt: skip
-    try:
-      result, cpu = self.call(
-        "data_pipelines.curate.watch", "watch", arguments, path, source.get("duration") or 0.0
-      )
-    except DecodeError as error:
-      return Watched(error_code=error.code, error=str(error))
-    return dataclasses.replace(result, cpu_seconds=cpu)
-
-  def call(self, module: str, function: str, arguments: tuple, path: str, seconds: float):
-    """(what module.function(*arguments) returns in the child, its CPU seconds).
-
-    Raises DecodeError if the file is at fault, or the child died or was killed over it.
+    Raises:
+      DecodeError: the file is at fault, or the child crashed, hung or grew over it.
+      RuntimeError: the function is at fault, with its traceback.
     """
     self._start()
     limits = self.limits
-    deadline = clock.monotonic() + limits.patience + limits.slowest * seconds
+    deadline = clock.monotonic() + limits.patience
     try:
-      self._connection.send((module, function, arguments))
-      while not self._connection.poll(_POLL):
-        if clock.monotonic() > deadline:
-          self.close()
-          raise DecodeError("decode_timeout", f"{path} was not read within its deadline.")
-        if _resident(self._process.pid) > limits.memory:
-          self.close()
-          raise DecodeError("out_of_memory", f"{path} needs more than {limits.memory:,} bytes.")
-      kind, result, cpu = self._connection.recv()
+      self._connection.send((function, arguments))
+      kind, result = "length", 0.0
+      while kind == "length":
+        deadline += limits.slowest * result
+        while not self._connection.poll(_POLL):
+          if clock.monotonic() > deadline:
+            raise DecodeError("decode_timeout", "A file was not read within its deadline.")
+          if _resident(self._process.pid) > limits.memory:
+            raise DecodeError("out_of_memory", "A file needs more memory than it may.")
+        kind, result = self._connection.recv()
+    except DecodeError:
+      self.close()
+      raise
     except (EOFError, ConnectionError) as error:
       self._process.join()
       exit_code = self._process.exitcode
       self.close()
-      raise DecodeError("crashed", f"{path} ended the decoder (exit {exit_code}).") from error
+      raise DecodeError("crashed", f"A file ended its decoder (exit {exit_code}).") from error
     if kind == "file":
       raise DecodeError(*result)
     if kind == "bug":
       self.close()
-      raise RuntimeError(f"{path}: {result}")
-    return result, cpu
+      raise RuntimeError(result)
+    return result
 
   def _start(self):
     if self._process is not None and self._process.is_alive():
       return
-    if self._process is not None:
-      self.close()
+    self.close()
     # Spawned, not forked: the parent may hold threads (engines do).
     context = multiprocessing.get_context("spawn")
     self._connection, theirs = context.Pipe()
     self._process = context.Process(target=_serve, args=(theirs, self.limits), daemon=True)
     self._process.start()
     theirs.close()
-    self.restarts += 1
+    self.started += 1
 
 
 def _resident(pid: int) -> int:

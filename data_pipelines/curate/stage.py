@@ -194,9 +194,21 @@ class Observer(Protocol):
 
 
 class FrameStage(Stage):
-  """From frames; all observers of a level are fed by one decode. `level`: "source" or "clip"."""
+  """From frames; all observers are fed by one decode.
+
+  Class attributes:
+    level: "source" or "clip".
+    rate: frames a second that a clip's observer needs, as few as will do: it gets the first frame
+      at or after each k / rate seconds, at most 1920 px wide. None is every frame.
+    live: a clip's observer of every frame that does not read the row's "end", so that it can watch
+      before anybody knows where the clip ends. Neither `rate` nor `live` costs a second decode.
+    native: whether it reads motion vectors of `Frame.native` that the encoder stored.
+  """
 
   level: ClassVar[str] = "clip"
+  rate: ClassVar[float | None] = None
+  live: ClassVar[bool] = False
+  native: ClassVar[bool] = False
 
   def observer(self, row: Row) -> Observer:
     """A new observer; `row` holds the scores so far (width, height, fps, duration, start, end)."""

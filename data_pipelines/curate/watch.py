@@ -18,10 +18,25 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_pipelines.curate.decode import Forms, Limits, Watched, decode_frames
+from data_pipelines.curate.decode import Forms, Limits, decode_frames
 from data_pipelines.curate.stage import Frame, FrameStage, SplitStage
 
 _WIDEST_SAMPLE = 1920  # pixels of frames that wait
+
+
+@dataclasses.dataclass
+class Watched:
+  """What one pass over a file gave.
+
+  Attributes:
+    source: the columns of the source's stages.
+    clips: a row for each clip: its columns from the split, and those of the clips' stages.
+    frames: how many were decoded.
+  """
+
+  source: dict[str, Any] = dataclasses.field(default_factory=dict)
+  clips: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  frames: int = 0
 
 
 def watch(
@@ -33,7 +48,16 @@ def watch(
   clip_stages: Sequence[FrameStage],
   limits: Limits,
 ) -> Watched:
-  """Scores a source and its clips; the arguments are those of `Decoder.watch`.
+  """Scores a source and its clips; to be called in the child of a `decode.Guard`.
+
+  Args:
+    path: the file.
+    source: its scores so far.
+    source_stages: of level "source"; they see the whole file.
+    split: finds clips from the source's scores; their stages see them in the same pass.
+    clips: or the clips that are known already.
+    clip_stages: of level "clip".
+    limits: what the file may cost.
 
   Raises DecodeError if the file cannot be decoded whole.
   """
@@ -64,7 +88,7 @@ def _watch_source(path, source, stages, split, clip_stages, limits, watched):
   # Whether a frame begins a scene is decided a few frames later; the clips wait for that.
   waiting: collections.deque[tuple[Frame, Forms]] = collections.deque()
   end = step = 0.0
-  for index, (time, pts, forms) in enumerate(decode_frames(path, limits)):
+  for index, (time, pts, forms) in enumerate(decode_frames(path, limits, vectors=_native(clip_stages))):
     frame = Frame(index, time, pts, forms, forms.frame)
     for observer in observers.values():
       observer.frame(frame)
@@ -106,7 +130,7 @@ class _Spans:
       while frame.time >= end - 1e-6:  # a gap between two frames longer than a clip
         start, end = end, self._split.window_end(end)
       self._open = _Span(start, end, self._scene)
-      if self._split.may_win(self._source, self._open, self._closed):
+      if self._split.may_win(self._source, start, self._scene, self._closed):
         self._open.watch(self._stages, {**self._source, "start": start})
     if self._open is not None:
       self._open.frame(frame, forms)
@@ -146,10 +170,10 @@ class _Span:
     self.observed = True
     self._count = 0
     self._live = {
-      stage: stage.observer(row) for stage in stages if _rate(stage) is None
+      stage: stage.observer(row) for stage in stages if stage.rate is None
     }  # fmt: skip
-    self._sampled = [stage for stage in stages if _rate(stage) is not None]
-    self._next = {_rate(stage): 0 for stage in self._sampled}
+    self._sampled = [stage for stage in stages if stage.rate is not None]
+    self._next = {stage.rate: 0 for stage in self._sampled}
     self._samples: dict[float, list[tuple[int, float, int, Forms]]] = {r: [] for r in self._next}
 
   def frame(self, frame: Frame, forms: Forms) -> None:
@@ -174,7 +198,7 @@ class _Span:
     found = {stage.name: observer.scores() for stage, observer in self._live.items()}
     for stage in self._sampled:
       observer = stage.observer(row)
-      for index, time, pts, forms in self._samples[_rate(stage)]:
+      for index, time, pts, forms in self._samples[stage.rate]:
         observer.frame(Frame(index, time, pts, forms, forms.frame))
       found[stage.name] = observer.scores()
     return found
@@ -184,15 +208,18 @@ def _watch_clip(path, row, stages, limits, watched):
   """{stage: columns} of one clip that is known."""
   span = _Span(row["start"], row["end"], 0)
   span.watch(stages, row)
-  for time, pts, forms in decode_frames(path, limits, row["start"], row["end"]):
+  for time, pts, forms in decode_frames(
+    path, limits, row["start"], row["end"], vectors=_native(stages)
+  ):
     span.frame(Frame(0, time, pts, forms, forms.frame), forms)
     watched.frames += 1
   return span.scores(row)
 
 
-def _rate(stage: FrameStage) -> float | None:
-  return stage.rate
+def _native(stages: Sequence[FrameStage]) -> bool:
+  return any(stage.native for stage in stages)
 
 
 def _passes(stage: FrameStage) -> bool:
+  """Whether it can observe a clip that has not ended."""
   return stage.live or stage.rate is not None
