@@ -160,7 +160,7 @@ class Catalogue:
       f"WITH named AS (SELECT {names}, {self._error()} AS error_code,"
       f" COALESCE({text}) AS error FROM items),"
       f" judged AS (SELECT *, COALESCE({first}) AS first_fail,"
-      f" list_filter([{', '.join(fails) or 'NULL'}]::VARCHAR[], r -> r IS NOT NULL) AS fails"
+      f" list_filter([{', '.join(fails) or 'NULL'}]::VARCHAR[], lambda r: r IS NOT NULL) AS fails"
       " FROM named)"
       " SELECT *, first_fail IS NULL AS keep FROM judged ORDER BY source_id, copy, clip_id"
     )
@@ -169,7 +169,7 @@ class Catalogue:
     return f"COALESCE({', '.join(map(_quoted, self._errors)) or 'NULL'}, NULL)"
 
   def _query(self, text: str) -> pa.Table:
-    return self._database.execute(text).to_arrow_table().combine_chunks()
+    return self._database.sql(text).to_arrow_table().combine_chunks()
 
 
 def ordered_rules(recipe: Recipe) -> list[tuple[Stage, Rule]]:

@@ -259,8 +259,9 @@ def test_a_recipe_that_does_not_fit_together_is_refused():
   for changes, words in [
     ({"gated": ("lihgt",)}, 'did you mean "light"'),
     ({"gated": ("header",)}, "only clip stages"),
-    ({"words": small.Light()}, "both write"),
-    ({"twins": small.Dear()}, "both write|which no stage"),
+    ({"dear": small.Light(), "gated": ()}, "both write"),
+    ({"twins": small.Header(), "gated": ()}, "which no stage|both write"),
+    ({"halves": small.Header(), "gated": ()}, "exactly one stage splits"),
   ]:
     with pytest.raises(ConfigError, match=words):
       small.recipe(**changes)
