@@ -1,4 +1,4 @@
-"""Who writes captions: a server, a file that a batch left behind, the source's own text, a template.
+"""Who writes captions: a server, the file of a batch, the source's own text, a template.
 
 A captioner is made from its settings and asked for the text of one clip at a time; only a server
 sees frames. What it is asked is part of the settings, so a new question is a new version. Not here:
@@ -177,8 +177,8 @@ class Batch:
           self._by_file[row["file"]] = text
       except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-          f'{config.file}, line {number}: write {{"clip_id": "...", "caption": "..."}}, or "file" in'
-          " the place of clip_id."
+          f'{config.file}, line {number}: write {{"clip_id": "...", "caption": "..."}}, or "file"'
+          " in the place of clip_id."
         ) from error
 
   def caption(self, row: Mapping[str, Any], frames: Sequence[np.ndarray]) -> str:

@@ -6,6 +6,7 @@ worker pays for it once. Not here: what the numbers mean (the stages).
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,8 +33,8 @@ def fingerprint(path: str) -> str:
     raise UserError(f"{path} is no file: download the weights yourself and give their path.")
   if file.stat().st_size < _SMALLEST:
     raise UserError(
-      f"{path} has only {file.stat().st_size} bytes: that is no network (a git-lfs pointer looks so);"
-      " download the weights themselves."
+      f"{path} has only {file.stat().st_size} bytes: that is no network (a git-lfs pointer looks"
+      " so); download the weights themselves."
     )
   return sha256_file(file)[:12]
 
@@ -64,8 +65,8 @@ class ImageModel:
     shape = inputs[0].shape
     if len(inputs) != 1 or len(shape) != 4 or shape[1] != 3:
       raise UserError(
-        f"{path} takes {[(i.name, i.shape) for i in inputs]}: export the image tower alone, with one"
-        " input [n, 3, height, width]."
+        f"{path} takes {[(i.name, i.shape) for i in inputs]}: export the image tower alone, with"
+        " one input [n, 3, height, width]."
       )
     self._input = inputs[0].name
     self._fixed = shape[0] if isinstance(shape[0], int) else 0  # a batch that cannot change
@@ -79,7 +80,9 @@ class ImageModel:
     rows = []
     for start in range(0, len(ready), step):
       part = ready[start : start + step]
-      filled = np.concatenate([part, np.repeat(part[-1:], (self._fixed or len(part)) - len(part), 0)])
+      filled = np.concatenate(
+        [part, np.repeat(part[-1:], (self._fixed or len(part)) - len(part), 0)]
+      )
       found = self._session.run(None, {self._input: filled})[0]
       if found.ndim != 2 or not np.isfinite(found).all():
         raise UserError(
@@ -132,7 +135,7 @@ class Head:
       for i in sorted(numbers)
     ]
     widths = [weight.shape for weight, _ in self._layers]
-    chained = all(a[0] == b[1] for a, b in zip(widths, widths[1:], strict=False))
+    chained = all(a[0] == b[1] for a, b in itertools.pairwise(widths))
     if not widths or not chained or widths[-1][0] != 1:
       raise UserError(f"{path} has layers {widths} (out, in): wanted is a chain that ends in 1.")
     self.width = widths[0][1]

@@ -1,9 +1,9 @@
 """How a clip looks, from its middle frame (Movie Gen 3.2.1: averaging more frames did not help).
 
 With weights: LAION's predictor, a CLIP image tower (ONNX) and a linear head (safetensors), on its
-scale of 1 to 10, of which the paper drops what is below 4. Without: a measure of sharpness, contrast
-and colour on the same scale, which finds what is blurred, dark or washed out and knows nothing of
-composition; `scorer` says which of the two it was.
+scale of 1 to 10, of which the paper drops what is below 4. Without: a measure of sharpness,
+contrast and colour on the same scale, which finds what is blurred, dark or washed out and knows
+nothing of composition; `scorer` says which of the two it was.
 """
 
 import dataclasses
@@ -85,7 +85,7 @@ class Observer:
 
 
 def predict(clip: str, head: str, pictures: list[np.ndarray]) -> np.ndarray:
-  """LAION's scores float32 [n] of uint8 [H, W, 3] each. Raises UserError if the files do not fit."""
+  """LAION's scores float32 [n] of uint8 [H, W, 3] each. Raises UserError if files do not fit."""
   tower = models.onnx(clip, models.CLIP_MEAN, models.CLIP_STD)
   linear = models.head(head)
   if tower.width != linear.width:

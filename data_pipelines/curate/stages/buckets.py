@@ -27,7 +27,7 @@ SIZES_256 = ((256, 256), (192, 336), (336, 192), (224, 288), (288, 224))
 
 @dataclasses.dataclass(frozen=True)
 class Buckets(stage.RowStage):
-  """What a clip becomes: the shape, the rate of its frames and the span that they are taken from."""
+  """What a clip becomes: its shape, the rate of its frames, the span that they are taken from."""
 
   name = "buckets"
   columns = {

@@ -14,7 +14,6 @@ import pyarrow as pa
 from data_pipelines.curate import captioners, draws, stage
 from data_pipelines.curate.stages import sampling
 from mgen_jax.data.files import sha256_file
-from mgen_jax.encoders.prompts import Prompt, compose
 from mgen_jax.errors import ConfigError
 
 
@@ -29,7 +28,10 @@ class Captions(stage.FrameStage):
     "caption_words": pa.int32(),
     "captioner": pa.string(),  # which of the two wrote it
   }
-  needs = ("path", "width", "height", "fps", "start", "end", "source_caption")
+  needs = (
+    *("source_id", "copy", "path", "source_caption"),
+    *("width", "height", "fps", "start", "end", "start_pts", "end_pts"),
+  )
 
   first: captioners.CaptionerConfig = captioners.CaptionerConfig(kind="sidecar")
   second: captioners.CaptionerConfig | None = None
@@ -75,10 +77,11 @@ class Observer:
   """Keeps frames only for a server, and asks at the end."""
 
   def __init__(self, settings: Captions, row: stage.Row):
-    # The id is made from the span; while a clip is first observed, it has none yet.
-    self._row = row
-    self._name = row.get("clip_id") or f"{row['source_id']}|{row['start']:.3f}|{row['end']:.3f}"
-    self._choice = settings.choice(self._name)
+    from data_pipelines.curate.work import clip_id
+
+    # While a clip passes for the first time it has no id yet.
+    self._row = {**row, "clip_id": clip_id(row, row)}
+    self._choice = settings.choice(self._row["clip_id"])
     server = next((each for each in self._choice if each.kind == "server"), None)
     self._side = server.side if server else 0
     times = sampling.spread(server.frames, sampling.duration(row)) if server else []
@@ -109,6 +112,9 @@ class Prompts(stage.RowStage):
   min_confidence: float = 0.8
 
   def score(self, row: stage.Row) -> dict[str, Any]:
+    # Late: the encoders bring jax, which no process that decodes should have to load.
+    from mgen_jax.encoders.prompts import Prompt, compose
+
     sure = (row["camera_confidence"] or 0.0) >= self.min_confidence
     camera = row["camera"] if sure and row["camera"] else ""
     prompt = Prompt(row["caption"] or "", row["bucket_fps"] or 0.0, camera)

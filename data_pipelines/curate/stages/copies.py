@@ -2,10 +2,9 @@
 
 Found are pairs: by equal packets and span, then by what `hashes` wrote. Two clips are as alike as
 their frames are at the best shift of one against the other; embeddings are alike by their cosine.
-What
-is stored is how alike a clip is to a better one, so that another threshold is a query. Groups are the
-connected parts of the pairs (union-find), and all but its winner leave a group. The winner is the clip with the most pixels, then the best
-looks, then the longest, then the smallest id.
+What is stored is how alike a clip is to a better one, so that another threshold is a query. Groups
+are the connected parts of the pairs (union-find), and all but its winner leave a group. The winner
+is the clip with the most pixels, then the best looks, then the longest, then the smallest id.
 
 Comparing every clip with every other is exact up to `exact_up_to` rows; beyond, each is compared
 with those of its nearest cells only (faiss, inverted lists).
@@ -33,9 +32,9 @@ _BIT_COUNT = np.array([bin(value).count("1") for value in range(256)], np.uint8)
 class Copies(stage.TableStage):
   """Similarity is 1 - the share of differing bits, or a cosine; the paper drops from 0.99 of SSCD.
 
-  For hashes 0.92 was measured on real videos: encoded again 0.967, scaled 0.959, shifted by a second
-  0.943, the 5 % most alike of unrelated clips 0.57. Pictures of few plain areas, as in Marbles, need
-  a lower one: their finer coefficients are noise.
+  For hashes 0.92 was chosen on real videos: encoded again 0.967, scaled 0.959, shifted by a second
+  0.943, the 5 % most alike of unrelated clips 0.57. Pictures of few plain areas, as in Marbles,
+  need a lower one: their finer coefficients are noise.
   """
 
   name = "copies"

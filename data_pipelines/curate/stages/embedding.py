@@ -65,7 +65,7 @@ class Observer:
 
 
 def histograms(frames: list[np.ndarray]) -> np.ndarray:
-  """float32 [256] of length 1: colours, then edges and changes by place, of uint8 [H, W, 3] each."""
+  """float32 [256] of length 1: colours, edges and changes by place, of uint8 [H, W, 3] each."""
   colours = np.zeros((8, 4, 4), np.float32)
   edges = np.zeros((_GRID, _GRID, 7), np.float32)
   changes = np.zeros((_GRID, _GRID, 1), np.float32)

@@ -2,8 +2,8 @@
 
 The hash is PDQ (256 bits a frame), a few frames a second, kept with their order, so that a copy
 that starts later is found too. It withstands another encoding, another size and another brightness;
-it does not withstand crops, mirrors and bars. An embedding made for copy detection does (SSCD, which
-the paper uses): give its ONNX file. Not here: who is a copy of whom (`copies`).
+it does not withstand crops, mirrors and bars. An embedding made for copy detection does (SSCD,
+which the paper uses): give its ONNX file. Not here: who is a copy of whom (`copies`).
 """
 
 import dataclasses

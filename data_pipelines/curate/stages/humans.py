@@ -1,9 +1,9 @@
 """People: who is found by a detector or by what they do, and how large their share shall be.
 
-The paper finds humans by text-to-video retrieval with 600 verbs and expressions, wants at least 60 %
-of them in its last set, and keeps their frequency when it resamples (Movie Gen 3.2.1). Here: faces,
-by OpenCV's cascade without weights or by YuNet with them; and the verbs, as embeddings of texts in
-the space of `embedding`'s network, made once by whoever has its text side.
+The paper finds humans by text-to-video retrieval with 600 verbs and expressions, wants at least
+60 % of them in its last set, and keeps their frequency when it resamples (Movie Gen 3.2.1). Here:
+faces, by OpenCV's cascade without weights or by YuNet with them; and the verbs, as embeddings of
+texts in the space of `embedding`'s network, made once by whoever has its text side.
 """
 
 import dataclasses

@@ -86,7 +86,7 @@ class Text(stage.FrameStage):
 
 
 class Observer:
-  """Keeps the few frames that are to be read; reading is dear, so it waits until it is asked for."""
+  """Keeps the few frames that are to be read; reading is dear, so it waits until it is asked."""
 
   def __init__(self, settings: Text, width: int, seconds: float):
     self._settings, self._width = settings, width
