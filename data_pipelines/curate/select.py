@@ -121,6 +121,16 @@ class Catalogue:
     names = ", ".join(map(_quoted, dict.fromkeys(("clip_id", *stage.needs))))
     return self._query(f"SELECT {names} FROM items WHERE {kept} ORDER BY source_id, copy, clip_id")
 
+  def keyed(self, scores: pa.Table) -> pa.Table:
+    """`scores` of clips (clip_id, ...) with partition, source_id and copy, in order."""
+    self._database.register("given", scores)
+    table = self._query(
+      "SELECT i.partition, i.source_id, i.copy, g.* FROM given g JOIN items i USING (clip_id)"
+      " ORDER BY i.source_id, i.copy, clip_id"
+    )
+    self._database.unregister("given")
+    return table
+
   def decide(self) -> pa.Table:
     """Every item with all scores and, in this order at the end:
 
@@ -150,7 +160,7 @@ class Catalogue:
       f"WITH named AS (SELECT {names}, {self._error()} AS error_code,"
       f" COALESCE({text}) AS error FROM items),"
       f" judged AS (SELECT *, COALESCE({first}) AS first_fail,"
-      f" list_filter([{', '.join(fails) or 'NULL'}]::VARCHAR[], r -> r IS NOT NULL) AS fails"
+      f" list_filter([{', '.join(fails) or 'NULL'}]::VARCHAR[], lambda r: r IS NOT NULL) AS fails"
       " FROM named)"
       " SELECT *, first_fail IS NULL AS keep FROM judged ORDER BY source_id, copy, clip_id"
     )
@@ -159,7 +169,7 @@ class Catalogue:
     return f"COALESCE({', '.join(map(_quoted, self._errors)) or 'NULL'}, NULL)"
 
   def _query(self, text: str) -> pa.Table:
-    return self._database.execute(text).to_arrow_table().combine_chunks()
+    return self._database.sql(text).to_arrow_table().combine_chunks()
 
 
 def ordered_rules(recipe: Recipe) -> list[tuple[Stage, Rule]]:

@@ -1,0 +1,247 @@
+"""Near-duplicates over all clips: who is a copy of whom, and which one of them stays.
+
+Found are pairs: by equal packets and span, then by what `hashes` wrote. Two clips are as alike as
+their frames are at the best shift of one against the other; embeddings are alike by their cosine.
+What is stored is how alike a clip is to a better one, so that another threshold is a query. Groups
+are the connected parts of the pairs (union-find), and all but its winner leave a group. The winner
+is the clip with the most pixels, then the best looks, then the longest, then the smallest id.
+
+Comparing every clip with every other is exact up to `exact_up_to` rows; beyond, each is compared
+with those of its nearest cells only (faiss, inverted lists).
+"""
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import faiss
+import numpy as np
+import pyarrow as pa
+
+from data_pipelines.curate import stage
+from data_pipelines.curate.stages.hashes import BITS
+from mgen_jax.errors import ConfigError, UserError
+
+_OVERLAP = 0.5  # least share of the shorter clip over which two are compared
+_BIT_COUNT = np.array([bin(value).count("1") for value in range(256)], np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Copies(stage.TableStage):
+  """Similarity is 1 - the share of differing bits, or a cosine; the paper drops from 0.99 of SSCD.
+
+  For hashes 0.92 was chosen on real videos: encoded again 0.967, scaled 0.959, shifted by a second
+  0.943, the 5 % most alike of unrelated clips 0.57. Pictures of few plain areas, as in Marbles,
+  need a lower one: their finer coefficients are noise.
+  """
+
+  name = "copies"
+  columns = {
+    "copy_similarity": pa.float64(),  # to the most similar clip that ranks above it; 0: to none
+    "copy_of": pa.string(),  # that clip; "" for none
+    "copy_group": pa.string(),  # the winner of its group, at `grouped_at`
+  }
+  needs = (
+    *("packets_md5", "copy_hashes", "copy_embedding", "start", "end"),
+    *("width", "height", "aesthetics"),
+  )
+
+  by: Literal["hash", "embedding"] = "hash"
+  floor: float = 0.9  # what is less alike counts as not alike at all
+  grouped_at: float = 0.92
+  exact_up_to: int = 200_000  # frames (hash) or clips (embedding)
+  max_similarity: float = stage.threshold(0.92)
+
+  def __post_init__(self):
+    for name, value in (("max_similarity", self.max_similarity), ("grouped_at", self.grouped_at)):
+      if not 0.5 <= self.floor <= value <= 1:
+        raise ConfigError(
+          f"copies.{name} is {value} and copies.floor {self.floor}: 0.5 <= floor <= {name} <= 1."
+        )
+
+  def rules(self) -> tuple[stage.Rule, ...]:
+    most = self.max_similarity
+    rule = stage.Rule("copy_similarity", "duplicate", "duplicates", at_most=most, strict=True)
+    return (rule,)
+
+  def scorer(self) -> str:
+    return f"{self.by}, faiss {faiss.__version__}"
+
+  def score(self, table: pa.Table) -> pa.Table:
+    ids = table["clip_id"].to_pylist()
+    order = rank(table)
+    pairs = dict(exact_pairs(table))
+    found = self._by_embedding(table) if self.by == "embedding" else self._by_hash(table)
+    for pair, similarity in found:
+      pairs[pair] = max(similarity, pairs.get(pair, 0.0))
+    return pa.table(describe(ids, order, pairs, self.grouped_at), schema=pa.schema(self.columns))
+
+  def _by_hash(self, table) -> Iterator[tuple[tuple[int, int], float]]:
+    frames = [_bits(row) for row in table["copy_hashes"].to_pylist()]
+    for i, j in near_hashes(frames, int((1 - self.floor) * BITS), self.exact_up_to):
+      similarity = aligned(frames[i], frames[j])
+      if similarity >= self.floor:
+        yield (i, j), similarity
+
+  def _by_embedding(self, table) -> Iterator[tuple[tuple[int, int], float]]:
+    rows = table["copy_embedding"].to_pylist()
+    there = [index for index, row in enumerate(rows) if row is not None]
+    if rows and not there:
+      raise UserError(
+        'copies.by is "embedding" and no clip has one: give hashes.model, or set copies.by="hash".'
+      )
+    if there:
+      vectors = np.float32([rows[index] for index in there])
+      for i, j, similarity in near_vectors(vectors, self.floor, self.exact_up_to):
+        yield (there[i], there[j]), similarity
+
+
+def rank(table: pa.Table) -> list[int]:
+  """The place of each clip, 0 for the best: pixels, looks, length, and then its id."""
+  columns = {
+    name: table[name].to_pylist()
+    for name in ("width", "height", "aesthetics", "start", "end", "clip_id")
+  }
+
+  def key(i):
+    pixels = (columns["width"][i] or 0) * (columns["height"][i] or 0)
+    seconds = (columns["end"][i] or 0) - (columns["start"][i] or 0)
+    return -pixels, -(columns["aesthetics"][i] or 0.0), -seconds, columns["clip_id"][i]
+
+  places = [0] * table.num_rows
+  for place, index in enumerate(sorted(range(table.num_rows), key=key)):
+    places[index] = place
+  return places
+
+
+def exact_pairs(table: pa.Table) -> Iterator[tuple[tuple[int, int], float]]:
+  """Clips of the same packets and the same span, with similarity 1, as a chain in each group."""
+  groups: dict[bytes, list[int]] = {}
+  columns = (table[name].to_pylist() for name in ("packets_md5", "start", "end"))
+  for index, (digest, start, end) in enumerate(zip(*columns, strict=True)):
+    if digest is not None and start is not None and end is not None:
+      key = hashlib.sha256(f"{digest}|{start:.3f}|{end:.3f}".encode()).digest()
+      groups.setdefault(key, []).append(index)
+  for members in groups.values():
+    yield from (((i, j), 1.0) for i, j in itertools.pairwise(members))
+
+
+def near_hashes(
+  frames: Sequence[np.ndarray], radius: int, exact_up_to: int
+) -> Iterator[tuple[int, int]]:
+  """Pairs (i < j) of clips with two frames whose hashes differ in at most `radius` bits.
+
+  `frames` are uint8 [n_i, 32] of each clip; n_i may be 0.
+  """
+  distinct = [np.unique(clip, axis=0) for clip in frames]
+  owner = np.repeat(np.arange(len(frames)), [len(clip) for clip in distinct])
+  if not len(owner):
+    return
+  rows = np.ascontiguousarray(np.concatenate(distinct))
+  if len(rows) <= exact_up_to:
+    index = faiss.IndexBinaryFlat(BITS)
+  else:
+    cells = faiss.IndexBinaryFlat(BITS)
+    index = faiss.IndexBinaryIVF(cells, BITS, int(np.sqrt(len(rows))))
+    index.nprobe = 8
+    index.train(rows)
+  index.add(rows)
+  seen = set()
+  # Results are a set of pairs of all rows within the radius, whatever the number of threads.
+  for start in range(0, len(rows), 4096):
+    limits, _, hits = index.range_search(rows[start : start + 4096], radius + 1)
+    first = np.repeat(owner[start : start + 4096], np.diff(limits.astype(np.int64)))
+    second = owner[hits]
+    forward = first < second
+    seen.update(zip(first[forward].tolist(), second[forward].tolist(), strict=True))
+  yield from sorted(seen)
+
+
+def near_vectors(
+  vectors: np.ndarray, floor: float, exact_up_to: int
+) -> Iterator[tuple[int, int, float]]:
+  """(i, j, cosine) with i < j of unit rows float32 [n, d] with a cosine of at least `floor`."""
+  if len(vectors) <= exact_up_to:
+    index = faiss.IndexFlatIP(vectors.shape[1])
+  else:
+    cells = faiss.IndexFlatIP(vectors.shape[1])
+    lists = int(np.sqrt(len(vectors)))
+    index = faiss.IndexIVFFlat(cells, vectors.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
+    index.nprobe = 8
+    index.train(vectors)
+  index.add(vectors)
+  found = []
+  for start in range(0, len(vectors), 4096):
+    part = vectors[start : start + 4096]
+    limits, _, hits = index.range_search(part, floor - 1e-3)
+    first = np.repeat(np.arange(start, start + len(part)), np.diff(limits.astype(np.int64)))
+    forward = first < hits
+    found += zip(first[forward].tolist(), hits[forward].tolist(), strict=True)
+  for i, j in sorted(found):
+    # Once more in double precision: how faiss sums depends on the size of its blocks.
+    cosine = float(np.dot(vectors[i].astype(np.float64), vectors[j].astype(np.float64)))
+    if cosine >= floor:
+      yield i, j, min(cosine, 1.0)
+
+
+def aligned(first: np.ndarray, second: np.ndarray) -> float:
+  """How alike two rows of hashes uint8 [n, 32] and [m, 32] are, at the best shift in time.
+
+  1 - the mean share of differing bits over the frames that lie on each other; at least half of the
+  shorter one must.
+  """
+  if not len(first) or not len(second):
+    return 0.0
+  differ = _BIT_COUNT[first[:, None] ^ second[None]].sum(axis=-1, dtype=np.int64)  # [n, m]
+  n, m = differ.shape
+  least = max(1, int(np.ceil(_OVERLAP * min(n, m))))
+  best = min(
+    float(np.diagonal(differ, shift).mean())
+    for shift in range(-n + 1, m)
+    if min(n, m, n + shift, m - shift) >= least
+  )
+  return 1 - best / BITS
+
+
+def groups(count: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
+  """Union-find: for each of `count` things the smallest thing that it is connected with."""
+  parent = list(range(count))
+
+  def root(i):
+    while parent[i] != i:
+      parent[i] = parent[parent[i]]
+      i = parent[i]
+    return i
+
+  for i, j in pairs:
+    a, b = root(i), root(j)
+    parent[max(a, b)] = min(a, b)
+  return [root(i) for i in range(count)]
+
+
+def describe(
+  ids: Sequence[str], ranks: Sequence[int], pairs: dict[tuple[int, int], float], grouped_at: float
+) -> dict[str, Any]:
+  """The columns of `Copies` from pairs (i < j) and their similarities."""
+  best = [(0.0, "")] * len(ids)
+  for (i, j), similarity in pairs.items():
+    worse, better = (i, j) if ranks[i] > ranks[j] else (j, i)
+    if (similarity, ids[better]) > best[worse]:
+      best[worse] = (similarity, ids[better])
+  roots = groups(len(ids), [pair for pair, s in pairs.items() if s >= grouped_at])
+  winners: dict[int, int] = {}
+  for index, root in enumerate(roots):
+    winners[root] = min(winners.get(root, index), index, key=lambda i: ranks[i])
+  return {
+    "copy_similarity": [similarity for similarity, _ in best],
+    "copy_of": [other for _, other in best],
+    "copy_group": [ids[winners[root]] for root in roots],
+  }
+
+
+def _bits(row) -> np.ndarray:
+  if not row:
+    return np.zeros((0, BITS // 8), np.uint8)
+  return np.frombuffer(b"".join(row), np.uint8).reshape(-1, BITS // 8)

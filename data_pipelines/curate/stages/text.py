@@ -1,0 +1,194 @@
+"""Text in the picture: captions, logos and titles burned into it (Movie Gen, Table 38).
+
+A clip has text if on any of a few frames the product of how surely there is a word (detection) and
+how surely it was read (recognition) reaches 0.6. The reader is RapidOCR, whose networks come inside
+its package; another one is a class with a method `read`. Three guards against what is no text,
+found by measuring: a box over most of the frame, a box as high as wide (one sign: a star and a
+cross are read as such), a word of fewer than two letters or digits.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+import pyarrow as pa
+
+from data_pipelines.curate import stage
+from data_pipelines.curate.stages import sampling
+from mgen_jax.errors import ConfigError
+
+_CHANGED = 6.0  # mean difference of luma, in levels, between a frame read and the next to read
+_THUMB = (32, 32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Word:
+  """What a reader found: a polygon [4, 2] (x, y) in pixels, the text, and two certainties."""
+
+  box: np.ndarray
+  text: str
+  detection: float
+  recognition: float
+
+
+class Reader(Protocol):
+  """Finds and reads words."""
+
+  def read(self, rgb: np.ndarray, keep) -> list[Word]:
+    """Words in uint8 [H, W, 3]; only boxes for which keep(box [4, 2]) holds need be read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Text(stage.FrameStage):
+  """Sampling adapts to the clip: a frame that looks like the last one read is not read again."""
+
+  name = "text"
+  rate = 2.0
+  code = 1
+  columns = {
+    "text_score": pa.float64(),  # highest detection x recognition
+    "text_coverage": pa.float64(),  # largest share of a frame that words cover
+    "text_found": pa.string(),  # the words of the frame with the highest score
+    "text_frames": pa.int32(),  # frames that were read
+  }
+  needs = ("width", "height", "start", "end")
+
+  reader: str = "rapidocr"
+  frames: int = 4  # at most, spread over the clip
+  side: int = 480  # longer side that is read, in pixels; less is cheaper and misses small print
+  largest_box: float = 0.6  # share of the frame; more is no word
+  least_elongation: float = 1.25  # longer over shorter side of a box
+  least_letters: int = 2
+  max_score: float = stage.threshold(0.6)
+
+  def __post_init__(self):
+    if self.reader not in READERS:
+      raise ConfigError(f'text.reader is "{self.reader}": known: {", ".join(READERS)}.')
+    if self.frames < 1 or self.side < 32:
+      raise ConfigError(
+        f"text.frames is {self.frames} and text.side {self.side}: read at least 1 frame of 32 px."
+      )
+
+  def rules(self) -> tuple[stage.Rule, ...]:
+    return (stage.Rule("text_score", "text", "text", at_most=self.max_score, strict=True),)
+
+  def scorer(self) -> str:
+    return f"{self.reader} {importlib.metadata.version(self.reader)}"
+
+  def observer(self, row: stage.Row) -> "Observer":
+    width, height = row["width"] or self.side, row["height"] or self.side
+    fitted = max(32, round(self.side * min(1.0, width / height)))
+    return Observer(self, fitted, sampling.duration(row))
+
+
+class Observer:
+  """Keeps the few frames that are to be read; reading is dear, so it waits until it is asked."""
+
+  def __init__(self, settings: Text, width: int, seconds: float):
+    self._settings, self._width = settings, width
+    self._taker = sampling.Taker(sampling.spread(settings.frames, seconds))
+    self._frames: list[np.ndarray] = []
+    self._last = None
+
+  def frame(self, frame: stage.Frame) -> None:
+    if not self._taker.wants(frame.time):
+      return
+    rgb = frame.rgb_at(self._width)
+    thumb = cv2.resize(rgb[..., 1], _THUMB, interpolation=cv2.INTER_AREA).astype(np.float32)
+    if self._last is None or np.abs(thumb - self._last).mean() >= _CHANGED:
+      self._frames.append(rgb)
+      self._last = thumb
+
+  def scores(self) -> dict[str, Any]:
+    if not self._frames:
+      return dict.fromkeys(Text.columns)
+    reader = READERS[self._settings.reader](self._settings.side)
+    found = [measure(rgb, reader, self._settings) for rgb in self._frames]
+    score, _, text = max(found)
+    return {
+      "text_score": score,
+      "text_coverage": max(coverage for _, coverage, _ in found),
+      "text_found": text,
+      "text_frames": len(found),
+    }
+
+
+def measure(rgb: np.ndarray, reader: Reader, settings: Text) -> tuple[float, float, str]:
+  """(highest detection x recognition, share covered by words, their text) of uint8 [H, W, 3]."""
+  height, width = rgb.shape[:2]
+
+  def plausible(box):
+    sides = np.linalg.norm(box - np.roll(box, 1, axis=0), axis=1)
+    across, along = sorted((sides[0] + sides[2], sides[1] + sides[3]))
+    area = cv2.contourArea(np.float32(box)) / (height * width)
+    return area <= settings.largest_box and along >= settings.least_elongation * max(across, 1e-6)
+
+  words = [
+    word
+    for word in reader.read(rgb, plausible)
+    if sum(letter.isalnum() for letter in word.text) >= settings.least_letters
+  ]
+  score = max((word.detection * word.recognition for word in words), default=0.0)
+  return score, covered(words, height, width), " ".join(word.text for word in words)
+
+
+def covered(words: Sequence[Word], height: int, width: int) -> float:
+  """The share of a frame under the union of the words' boxes."""
+  mask = np.zeros((height, width), np.uint8)
+  if words:
+    cv2.fillPoly(mask, [np.int32(np.round(word.box)) for word in words], 1)
+  return float(mask.mean())
+
+
+class RapidOcr:
+  """RapidOCR's detector and recogniser, one thread, with the networks of its package."""
+
+  def __init__(self, side: int):
+    from rapidocr import RapidOCR  # an extra; importing it takes a second
+
+    engine = "EngineConfig.onnxruntime"
+    whole = RapidOCR(
+      params={
+        "Global.log_level": "error",
+        f"{engine}.intra_op_num_threads": 1,
+        f"{engine}.inter_op_num_threads": 1,
+        "Det.limit_type": "max",
+        "Det.limit_side_len": side,
+        # The certainty of a box is then the mean over the word itself, not over a box around it,
+        # which would halve that of short words.
+        "Det.score_mode": "slow",
+        "Det.use_dilation": False,
+      }
+    )
+    # Its own call gives the recognition's certainty only, so the two steps are taken singly.
+    self._detect, self._recognise = whole._load_det_model(), whole._load_rec_model()
+
+  def read(self, rgb: np.ndarray, keep) -> list[Word]:
+    from rapidocr.ch_ppocr_rec import TextRecInput
+    from rapidocr.utils.process_img import get_rotate_crop_image
+
+    bgr = np.ascontiguousarray(rgb[..., ::-1])
+    found = self._detect(bgr)
+    if found.boxes is None:
+      return []
+    pairs = [(box, s) for box, s in zip(found.boxes, found.scores, strict=True) if keep(box)]
+    if not pairs:
+      return []
+    crops = [get_rotate_crop_image(bgr, np.float32(box)) for box, _ in pairs]
+    said = self._recognise(TextRecInput(img=crops))
+    return [
+      Word(np.asarray(box), text, float(detection), float(recognition))
+      for (box, detection), text, recognition in zip(pairs, said.txts, said.scores, strict=True)
+    ]
+
+
+@functools.lru_cache(maxsize=2)
+def _rapidocr(side: int) -> Reader:
+  return RapidOcr(side)
+
+
+READERS = {"rapidocr": _rapidocr}
