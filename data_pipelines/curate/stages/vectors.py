@@ -40,7 +40,7 @@ class Vectors(FrameStage):
 
   source: Literal["mestimate", "native"] = "mestimate"
   width: int = 480
-  pairs: float = 2.0
+  pairs: float = 1.0
   low: float = threshold(0.5)
   high: float = threshold(7.0)
 
