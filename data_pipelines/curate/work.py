@@ -67,7 +67,7 @@ def run_task(task: Task) -> Done:
       unit.do_source(row)
   else:
     for clip in clip_rows(unit.store, task.recipe, task.partition, task.phase):
-      unit.do_clip(clip)
+      unit.do_clip(clip, os.path.join(task.input_root, clip["path"]))
   unit.commit(len(listed))
   return Done(task.phase, task.partition, len(unit.new_sources), len(unit.new_clips), os.getpid())
 
@@ -139,7 +139,7 @@ class _Unit:
 
   def _probe(self, stage: SourceStage, row: Row, path: str) -> Row:
     try:
-      values, seconds = _guard(self.task.limits).call(_score_file, stage, path)
+      values, seconds = guard(self.task.limits).call(_score_file, stage, path)
     except decode.DecodeError as error:
       return _fault_of(error, row)
     self.cpu[stage.name] += seconds
@@ -197,7 +197,7 @@ class _Unit:
     limits = self.task.limits
     stages = (tuple(on_source), split, clips, tuple(on_clips))
     try:
-      watched = _guard(limits).call(watch.watch, path, dict(row), *stages, limits, self.gates)
+      watched = guard(limits).call(watch.watch, path, dict(row), *stages, limits, self.gates)
     except decode.DecodeError as error:
       return _fault_of(error, row)
     self.frames += watched.frames
@@ -207,7 +207,7 @@ class _Unit:
 
   # Of clips.
 
-  def do_clip(self, clip: Row, path: str = "", seen: Mapping[str, Any] | None = None) -> None:
+  def do_clip(self, clip: Row, path: str, seen: Mapping[str, Any] | None = None) -> None:
     """The stages of this phase for one clip, in order.
 
     Args:
@@ -363,7 +363,7 @@ def _order(row: Mapping[str, Any]) -> tuple:
 _guards: dict[decode.Limits, decode.Guard] = {}
 
 
-def _guard(limits: decode.Limits) -> decode.Guard:
+def guard(limits: decode.Limits) -> decode.Guard:
   """The killable child of this worker; it stays, with the models that stages loaded in it."""
   if limits not in _guards:
     guard = _guards[limits] = decode.Guard(limits)
