@@ -3,7 +3,8 @@
 The score of a frame is that of FFmpeg's `select` filter: the mean difference of luma to the frame
 before, in hundreds of grey levels, or how much that changed since if it is less. Above 0.3 it is a
 cut, as the paper has it. Cuts between scenes alike in brightness stay below; they are found by
-standing out among their neighbours. Slow transitions (dissolves, wipes) are not found: that takes a model.
+standing out among their neighbours. Slow transitions (dissolves, wipes) are not found: that takes a
+model.
 """
 
 import collections
