@@ -237,9 +237,10 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(videos, tmp_pa
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
-  with running.only_one(tmp_path), pytest.raises(UserError, match="another curation"):
-    with running.only_one(tmp_path):
-      pass
+  with running.only_one(tmp_path):
+    second = running.only_one(tmp_path)
+    with pytest.raises(UserError, match="another curation"):
+      second.__enter__()
 
 
 def test_a_full_disk_leaves_nothing_half_written(videos, tmp_path, monkeypatch):
