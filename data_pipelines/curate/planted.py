@@ -4,8 +4,8 @@
 
 It is Marbles (`mgen_jax.data.marbles`) in several codecs, containers, sizes, rates and lengths,
 some with sound: clean clips, clips with one defect each, copies of clean clips, and files that are
-no videos. `truth.jsonl` says of each file what it is; `captions.jsonl` holds the captions. Every file
-is a function of (seed, its number). Not here: measuring (`scorecard`).
+no videos. `truth.jsonl` says of each file what it is; `captions.jsonl` holds the captions. Every
+file is a function of (seed, its number). Not here: measuring (`scorecard`).
 """
 
 import argparse
@@ -261,7 +261,10 @@ def frames_of(plan: Plan) -> tuple[np.ndarray, dict[str, Any]]:
     height, width = (2 * round(side / 4) for side in plan.size)
   if plan.kind == "panorama":
     height, width = ((64, 320), (320, 64))[plan.number % 2]
-  video = marbles.render(scene, count, height, width, fps)
+  # A long clip is a short one over and over: two minutes of objects that never meet cannot be.
+  shown = min(count, round(12 * fps))
+  video = marbles.render(scene, shown, height, width, fps)
+  video = np.resize(video, (count, *video.shape[1:]))
   if plan.kind == "dull":
     video = np.stack([_dull(frame) for frame in video])
   return video, {}
