@@ -30,6 +30,7 @@ from mgen_jax.data.media import (
   video_stream,
 )
 from mgen_jax.data.media_write import EXACT, reformatter
+from mgen_jax.errors import UserError
 
 # Luma of these is their first plane, 8 bits a sample.
 _PLANAR = frozenset(
@@ -256,6 +257,8 @@ def _serve(connection, limits: Limits) -> None:
       answer = ("file", (error.code, str(error)))
     except MemoryError:
       answer = ("file", ("out_of_memory", "A file needs more memory than it may."))
+    except UserError as error:  # of a setting or another file: a model, a text
+      answer = ("user", str(error))
     except Exception:
       connection.send(("bug", traceback.format_exc()))
       raise
@@ -302,6 +305,7 @@ class Guard:
 
     Raises:
       DecodeError: the file is at fault, or the child crashed, hung or grew over it.
+      UserError: as the function raised it.
       RuntimeError: the function is at fault, with its traceback.
     """
     self._start()
@@ -328,6 +332,8 @@ class Guard:
       raise DecodeError("crashed", f"A file ended its decoder (exit {exit_code}).") from error
     if kind == "file":
       raise DecodeError(*result)
+    if kind == "user":
+      raise UserError(result)
     if kind == "bug":
       self.close()
       raise RuntimeError(result)

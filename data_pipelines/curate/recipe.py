@@ -122,7 +122,7 @@ class Recipe:
         inputs |= _decoders()
       if isinstance(stage, FrameStage) and self.stages[0].name in versions:
         inputs[self.stages[0].name] = versions[self.stages[0].name]
-      versions[stage.name] = stage.version(inputs | {"seed": str(self.seed)})
+      versions[stage.name] = stage.version(inputs)
       writer |= dict.fromkeys(stage.columns, stage.name)
       if isinstance(stage, SplitStage):
         split = stage.name
@@ -139,6 +139,9 @@ class Recipe:
       else:
         phases.append([stage])
     return tuple(map(tuple, phases))
+
+  def phase_of(self, stage: Stage) -> int:
+    return next(n for n, stages in enumerate(self.phases) if stage in stages)
 
   def rules(self, before: str | None = None) -> tuple[tuple[Stage, Rule], ...]:
     """(stage, rule) of all stages, or of those that run before the stage named `before`."""

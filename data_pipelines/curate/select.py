@@ -121,24 +121,38 @@ class Catalogue:
     names = ", ".join(map(_quoted, dict.fromkeys(("clip_id", *stage.needs))))
     return self._query(f"SELECT {names} FROM items WHERE {kept} ORDER BY source_id, copy, clip_id")
 
+  def keyed(self, scores: pa.Table) -> pa.Table:
+    """`scores` of clips (clip_id, ...) with partition, source_id and copy, in order."""
+    self._database.register("given", scores)
+    table = self._query(
+      "SELECT i.partition, i.source_id, i.copy, g.* FROM given g JOIN items i USING (clip_id)"
+      " ORDER BY i.source_id, i.copy, clip_id"
+    )
+    self._database.unregister("given")
+    return table
+
   def decide(self) -> pa.Table:
     """Every item with all scores and, in this order at the end:
 
     error_code, error: why a file or a clip could not be scored, or null.
     first_fail: its error, or the reason of the first rule in the order of Table 38 that it fails;
-      `NO_CLIP`, `NOT_SCORED`, or null if it is kept.
+      `NO_CLIP` (where Table 38 looks at scenes), `NOT_SCORED`, or null if it is kept.
     fails: the reasons of all rules that it fails.
     keep: whether it is kept.
     """
     rules = ordered_rules(self.recipe)
-    fails = [f"CASE WHEN {_fails(rule)} THEN {_text(rule.reason)} END" for _, rule in rules]
+    fails = [_reason(rule) for _, rule in rules]
+    no_clip = f"CASE WHEN clip_id IS NULL THEN '{NO_CLIP}' END"
+    scenes = list(ROWS).index("scene") + 1
+    until_scene = sum(bool(r.row) and list(ROWS).index(r.row) < scenes for _, r in rules)
     missing = [f"{_quoted(rule.column)} IS NULL" for _, rule in rules] or ["false"]
     text = ", ".join(_quoted(name + " text") for name in self._errors)
     first = ", ".join(
       [
         "error_code",
-        *fails,
-        f"CASE WHEN clip_id IS NULL THEN '{NO_CLIP}' END",
+        *fails[:until_scene],
+        no_clip,
+        *fails[until_scene:],
         f"CASE WHEN {' OR '.join(missing)} THEN '{NOT_SCORED}' END",
       ]
     )
@@ -150,7 +164,7 @@ class Catalogue:
       f"WITH named AS (SELECT {names}, {self._error()} AS error_code,"
       f" COALESCE({text}) AS error FROM items),"
       f" judged AS (SELECT *, COALESCE({first}) AS first_fail,"
-      f" list_filter([{', '.join(fails) or 'NULL'}]::VARCHAR[], r -> r IS NOT NULL) AS fails"
+      f" list_filter([{', '.join(fails) or 'NULL'}]::VARCHAR[], lambda r: r IS NOT NULL) AS fails"
       " FROM named)"
       " SELECT *, first_fail IS NULL AS keep FROM judged ORDER BY source_id, copy, clip_id"
     )
@@ -159,16 +173,22 @@ class Catalogue:
     return f"COALESCE({', '.join(map(_quoted, self._errors)) or 'NULL'}, NULL)"
 
   def _query(self, text: str) -> pa.Table:
-    return self._database.execute(text).to_arrow_table().combine_chunks()
+    return self._database.sql(text).to_arrow_table().combine_chunks()
 
 
 def ordered_rules(recipe: Recipe) -> list[tuple[Stage, Rule]]:
-  """All rules in the order of Table 38; those of no row stand before its last two, which look at
-  all clips."""
+  """All rules in the order of Table 38. Those of no row stand before its last two, which look at
+  all clips, or after them if they look at all clips themselves."""
   places = list(ROWS)
-  others = places.index("duplicates") - 0.5
-  rules = recipe.rules()
-  return sorted(rules, key=lambda pair: places.index(pair[1].row) if pair[1].row else others)
+
+  def place(pair: tuple[Stage, Rule]) -> float:
+    stage, rule = pair
+    if rule.row:
+      return places.index(rule.row)
+    late = recipe.phase_of(stage) > 0
+    return len(places) if late else places.index("duplicates") - 0.5
+
+  return sorted(recipe.rules(), key=place)
 
 
 def score_tables(catalogue: Catalogue, stage: TableStage) -> pa.Table:
@@ -204,6 +224,11 @@ def _keeps(rule: Rule) -> str:
 def _fails(rule: Rule) -> str:
   """SQL: the score is there and not enough."""
   return f"({_quoted(rule.column)} IS NOT NULL AND NOT {_keeps(rule)})"
+
+
+def _reason(rule: Rule) -> str:
+  """SQL: the reason if the rule fails, or null."""
+  return f"CASE WHEN {_fails(rule)} THEN {_text(rule.reason)} END"
 
 
 def _quoted(name: str) -> str:

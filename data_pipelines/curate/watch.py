@@ -15,11 +15,13 @@ passed, or a stage that is neither of the two, costs a second look at the clip a
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import time as clock
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from data_pipelines.curate.decode import Forms, Limits, decode_frames
-from data_pipelines.curate.stage import Frame, FrameStage, SplitStage
+from data_pipelines.curate.recipe import passes
+from data_pipelines.curate.stage import Frame, FrameStage, Rule, SplitStage
 
 _WIDEST_SAMPLE = 1920  # pixels of frames that wait
 
@@ -32,11 +34,20 @@ class Watched:
     source: the columns of the source's stages.
     clips: a row for each clip: its columns from the split, and those of the clips' stages.
     frames: how many were decoded.
+    cpu: seconds of each stage by name, and of "decode".
   """
 
   source: dict[str, Any] = dataclasses.field(default_factory=dict)
   clips: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   frames: int = 0
+  cpu: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
+
+  def timed(self, stage: FrameStage, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls it, and counts the CPU seconds as the stage's."""
+    began = clock.process_time()
+    result = function(*arguments)
+    self.cpu[stage.name] += clock.process_time() - began
+    return result
 
 
 def watch(
@@ -47,6 +58,7 @@ def watch(
   clips: Sequence[Mapping[str, Any]] | None,
   clip_stages: Sequence[FrameStage],
   limits: Limits,
+  gates: Mapping[str, Sequence[Rule]] | None = None,
 ) -> Watched:
   """Scores a source and its clips; to be called in the child of a `decode.Guard`.
 
@@ -58,13 +70,15 @@ def watch(
     clips: or the clips that are known already.
     clip_stages: of level "clip".
     limits: what the file may cost.
+    gates: rules by clip stage: if one of them rejects a clip, the stage's columns are left out.
 
   Raises DecodeError if the file cannot be decoded whole.
   """
-  watched = Watched()
+  began = clock.process_time()
+  watched, gates = Watched(), gates or {}
   known: dict[float, dict[str, Any]] = {}
   if source_stages or split is not None:
-    known = _watch_source(path, source, source_stages, split, clip_stages, limits, watched)
+    known = _watch_source(path, source, source_stages, split, clip_stages, limits, watched, gates)
   if split is not None:
     clips = split.clips({**source, **watched.source})
   for clip in clips or ():
@@ -72,26 +86,31 @@ def watch(
     scores = known.get(clip["start"], {})
     rest = [stage for stage in clip_stages if stage.name not in scores]
     if rest:
-      scores = {**scores, **_watch_clip(path, row, rest, limits, watched)}
+      scores = {**scores, **_watch_clip(path, row, rest, limits, watched, gates)}
     columns = dict(clip)
     for stage in clip_stages:
       columns.update(scores[stage.name])
     watched.clips.append(columns)
+  watched.cpu["decode"] = clock.process_time() - began - sum(watched.cpu.values())
   return watched
 
 
-def _watch_source(path, source, stages, split, clip_stages, limits, watched):
+def _watch_source(path, source, stages, split, clip_stages, limits, watched, gates):
   """Fills watched.source; returns {start: {stage: columns}} of clips that it saw whole."""
   observers = {stage: stage.observer(source) for stage in stages}
   scan = next((o for o in observers.values() if hasattr(o, "decided")), None)
-  spans = _Spans(source, split, clip_stages) if split is not None and scan is not None else None
+  spans = None
+  if split is not None and scan is not None:
+    spans = _Spans(source, split, clip_stages, watched, gates)
   # Whether a frame begins a scene is decided a few frames later; the clips wait for that.
   waiting: collections.deque[tuple[Frame, Forms]] = collections.deque()
   end = step = 0.0
-  for index, (time, pts, forms) in enumerate(decode_frames(path, limits, vectors=_native(clip_stages))):
+  for index, (time, pts, forms) in enumerate(
+    decode_frames(path, limits, vectors=_native(clip_stages))
+  ):
     frame = Frame(index, time, pts, forms, forms.frame)
-    for observer in observers.values():
-      observer.frame(frame)
+    for stage, observer in observers.items():
+      watched.timed(stage, observer.frame, frame)
     step = time - end if index else step
     end = time
     watched.frames += 1
@@ -99,8 +118,8 @@ def _watch_source(path, source, stages, split, clip_stages, limits, watched):
       waiting.append((frame, forms))
       while waiting and waiting[0][0].index <= scan.decided:
         spans.frame(*waiting[0], scan.begins(waiting.popleft()[0].index))
-  for observer in observers.values():
-    watched.source.update(observer.scores())
+  for stage, observer in observers.items():
+    watched.source.update(watched.timed(stage, observer.scores))
   if spans is None:
     return {}
   while waiting:
@@ -111,8 +130,9 @@ def _watch_source(path, source, stages, split, clip_stages, limits, watched):
 class _Spans:
   """The clips of a source while it passes: one is open at a time, the best of the closed stay."""
 
-  def __init__(self, source, split, stages: Sequence[FrameStage]):
+  def __init__(self, source, split, stages: Sequence[FrameStage], watched: Watched, gates):
     self._source, self._split = source, split
+    self._watched, self._gates = watched, gates
     self._stages = [stage for stage in stages if _passes(stage)]
     self._open: _Span | None = None
     self._closed: list[_Span] = []
@@ -129,7 +149,7 @@ class _Spans:
       start, end = self._next, self._split.window_end(self._next)
       while frame.time >= end - 1e-6:  # a gap between two frames longer than a clip
         start, end = end, self._split.window_end(end)
-      self._open = _Span(start, end, self._scene)
+      self._open = _Span(start, end, self._scene, self._watched)
       if self._split.may_win(self._source, start, self._scene, self._closed):
         self._open.watch(self._stages, {**self._source, "start": start})
     if self._open is not None:
@@ -151,7 +171,7 @@ class _Spans:
     for span in self._closed:
       row = rows.get(span.start)
       if row is not None and span.observed and abs(row["end"] - span.end) < 1e-6:
-        seen[span.start] = span.scores({**source, **row})
+        seen[span.start] = span.scores({**source, **row}, self._gates)
     return seen
 
 
@@ -162,6 +182,7 @@ class _Span:
   start: float
   latest_end: float
   scene: int
+  watched: Watched
   end: float = math.nan
   observed: bool = False
 
@@ -169,11 +190,9 @@ class _Span:
     """From now on these stages observe it; `row` is None while it is not whole."""
     self.observed = True
     self._count = 0
-    self._live = {
-      stage: stage.observer(row) for stage in stages if stage.rate is None
-    }  # fmt: skip
-    self._sampled = [stage for stage in stages if stage.rate is not None]
-    self._next = {stage.rate: 0 for stage in self._sampled}
+    self._stages = stages
+    self._live = {stage: stage.observer(row) for stage in stages if stage.rate is None}
+    self._next = {stage.rate: 0 for stage in stages if stage.rate is not None}
     self._samples: dict[float, list[tuple[int, float, int, Forms]]] = {r: [] for r in self._next}
 
   def frame(self, frame: Frame, forms: Forms) -> None:
@@ -183,8 +202,8 @@ class _Span:
     time = frame.time - self.start
     if self._live:
       shared = Frame(self._count, time, frame.pts, forms, forms.frame)
-      for observer in self._live.values():
-        observer.frame(shared)
+      for stage, observer in self._live.items():
+        self.watched.timed(stage, observer.frame, shared)
     kept = None
     for rate in self._next:
       if time >= self._next[rate] / rate - 1e-6:
@@ -193,27 +212,42 @@ class _Span:
         self._samples[rate].append((self._count, time, frame.pts, kept))
     self._count += 1
 
-  def scores(self, row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  def scores(
+    self, row: Mapping[str, Any], gates: Mapping[str, Sequence[Rule]]
+  ) -> dict[str, dict[str, Any]]:
     """{stage: columns}; `row` is whole."""
-    found = {stage.name: observer.scores() for stage, observer in self._live.items()}
-    for stage in self._sampled:
-      observer = stage.observer(row)
-      for index, time, pts, forms in self._samples[stage.rate]:
-        observer.frame(Frame(index, time, pts, forms, forms.frame))
-      found[stage.name] = observer.scores()
+    row, found = dict(row), {}
+    for stage in self._stages:
+      found[stage.name] = {}
+      if _open(gates.get(stage.name, ()), row):
+        found[stage.name] = self.watched.timed(stage, self._score, stage, row)
+        row.update(found[stage.name])
     return found
 
+  def _score(self, stage: FrameStage, row: Mapping[str, Any]) -> dict[str, Any]:
+    if stage.rate is None:
+      return self._live[stage].scores()
+    observer = stage.observer(row)
+    for index, time, pts, forms in self._samples[stage.rate]:
+      observer.frame(Frame(index, time, pts, forms, forms.frame))
+    return observer.scores()
 
-def _watch_clip(path, row, stages, limits, watched):
+
+def _watch_clip(path, row, stages, limits, watched, gates):
   """{stage: columns} of one clip that is known."""
-  span = _Span(row["start"], row["end"], 0)
+  span = _Span(row["start"], row["end"], 0, watched)
   span.watch(stages, row)
   for time, pts, forms in decode_frames(
     path, limits, row["start"], row["end"], vectors=_native(stages)
   ):
     span.frame(Frame(0, time, pts, forms, forms.frame), forms)
     watched.frames += 1
-  return span.scores(row)
+  return span.scores(row, gates)
+
+
+def _open(rules: Sequence[Rule], row: Mapping[str, Any]) -> bool:
+  """Whether none of the rules rejects the row; what is not computed rejects nothing."""
+  return all(passes(rule, row.get(rule.column)) is not False for rule in rules)
 
 
 def _native(stages: Sequence[FrameStage]) -> bool:

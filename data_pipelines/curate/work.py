@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from data_pipelines.curate import decode, sources
+from data_pipelines.curate import decode, sources, watch
 from data_pipelines.curate.recipe import CLIP_KEYS, SOURCE_COLUMNS, SOURCE_KEYS, Recipe, passes
 from data_pipelines.curate.stage import FrameStage, SourceStage, Stage
 from data_pipelines.curate.store import Store, rows_of, table_of
@@ -67,7 +67,7 @@ def run_task(task: Task) -> Done:
       unit.do_source(row)
   else:
     for clip in clip_rows(unit.store, task.recipe, task.partition, task.phase):
-      unit.do_clip(clip)
+      unit.do_clip(clip, os.path.join(task.input_root, clip["path"]))
   unit.commit(len(listed))
   return Done(task.phase, task.partition, len(unit.new_sources), len(unit.new_clips), os.getpid())
 
@@ -134,8 +134,16 @@ class _Unit:
     if listed_error:
       return {"error_code": listed_error, "error": sources.REASONS[listed_error]}
     if isinstance(stage, SourceStage):
-      return _decoder(self.task.limits).probe(stage, path)
+      return self._probe(stage, row, path)
     return self._timed(stage, row)
+
+  def _probe(self, stage: SourceStage, row: Row, path: str) -> Row:
+    try:
+      values, seconds = guard(self.task.limits).call(_score_file, stage, path)
+    except decode.DecodeError as error:
+      return _fault_of(error, row)
+    self.cpu[stage.name] += seconds
+    return values
 
   def _worth_decoding(self, row: Row) -> bool:
     """Whether what is known without a decode meets the rules of sources."""
@@ -152,8 +160,8 @@ class _Unit:
     if known is None:
       observed = [stage for stage in self.at_clips if isinstance(stage, FrameStage)]
       watched = self._watch(row, path, on_frames, split, None, observed)
-      if watched.error_code:
-        self._add(split, row | {"clip_id": None}, _fault_of(watched))
+      if isinstance(watched, dict):
+        self._add(split, row | {"clip_id": None}, watched)
         return
       clips = [dict.fromkeys(split.columns) | clip for clip in watched.clips]
       for clip in clips:
@@ -168,8 +176,8 @@ class _Unit:
       clips = [old for old in known if old["clip_id"] is not None]
       seen = [{}] * len(clips)
       watched = self._watch(row, path, on_frames, None, None, ()) if on_frames else None
-      if watched and watched.error_code:
-        self._add(on_frames[0], row, _fault_of(watched))
+      if isinstance(watched, dict):
+        self._add(on_frames[0], row, watched)
         return
       self._after_frames(row, on_frames, watched.source if watched else {})
     for clip, values in zip(clips, seen, strict=True):
@@ -183,11 +191,15 @@ class _Unit:
       elif not set(stage.columns) <= set(row) and not self._take_over(stage, row):
         self._add(stage, row, self._timed(stage, row))
 
-  def _watch(self, row, path, on_source, split, clips, on_clips) -> decode.Watched:
-    watched = _decoder(self.task.limits).watch(
-      path, row, on_source, split, clips, on_clips, self.gates
-    )
+  def _watch(self, row, path, on_source, split, clips, on_clips) -> watch.Watched | Row:
+    """One pass over the file; its fault instead if it cannot be used."""
     self.new_sources.add(_source_key(row))
+    limits = self.task.limits
+    stages = (tuple(on_source), split, clips, tuple(on_clips))
+    try:
+      watched = guard(limits).call(watch.watch, path, dict(row), *stages, limits, self.gates)
+    except decode.DecodeError as error:
+      return _fault_of(error, row)
     self.frames += watched.frames
     for name, seconds in watched.cpu.items():
       self.cpu[name] += seconds
@@ -195,7 +207,7 @@ class _Unit:
 
   # Of clips.
 
-  def do_clip(self, clip: Row, path: str = "", seen: Mapping[str, Any] | None = None) -> None:
+  def do_clip(self, clip: Row, path: str, seen: Mapping[str, Any] | None = None) -> None:
     """The stages of this phase for one clip, in order.
 
     Args:
@@ -227,8 +239,8 @@ class _Unit:
     ]
     span = {name: clip[name] for name in self.recipe.split.columns}
     watched = self._watch(clip, path, (), None, [span], due)
-    if watched.error_code:
-      return dict.fromkeys(name for stage in due for name in stage.columns) | _fault_of(watched)
+    if isinstance(watched, dict):
+      return dict.fromkeys(name for stage in due for name in stage.columns) | watched
     return watched.clips[0]
 
   def _passes_gate(self, stage: Stage, clip: Row) -> bool:
@@ -258,7 +270,7 @@ class _Unit:
     """Adds a row of the stage, and its columns to `row`."""
     keys = {name: row[name] for name in CLIP_KEYS if name in row}
     scores = {name: values.get(name) for name in stage.columns}
-    self.rows[stage.name].append(keys | scores | {name: values.get(name) for name in FAULT})
+    self.rows[stage.name].append(keys | scores | {name: values.get(name) or None for name in FAULT})
     row |= scores
 
   def _fault(self, stage: Stage, row: Row) -> bool:
@@ -330,8 +342,14 @@ def _part(store: Store, recipe: Recipe, stage: Stage, partition: int) -> list[Ro
   return rows_of(table) if table is not None else []
 
 
-def _fault_of(watched: decode.Watched) -> Row:
-  return {"error_code": watched.error_code, "error": watched.error}
+def _score_file(stage: SourceStage, path: str) -> tuple[Row, float]:
+  """(columns of the file, CPU seconds); runs in the guarded child."""
+  began = time.process_time()
+  return stage.score(path), time.process_time() - began
+
+
+def _fault_of(error: decode.DecodeError, row: Row) -> Row:
+  return {"error_code": error.code, "error": f"{row['path']}: {error}"}
 
 
 def _source_key(row: Mapping[str, Any]) -> tuple[str, int]:
@@ -342,12 +360,12 @@ def _order(row: Mapping[str, Any]) -> tuple:
   return row["source_id"], row["copy"], row.get("clip_id") or ""
 
 
-_decoders: dict[decode.Limits, decode.Decoder] = {}
+_guards: dict[decode.Limits, decode.Guard] = {}
 
 
-def _decoder(limits: decode.Limits) -> decode.Decoder:
+def guard(limits: decode.Limits) -> decode.Guard:
   """The killable child of this worker; it stays, with the models that stages loaded in it."""
-  if limits not in _decoders:
-    decoder = _decoders[limits] = decode.Decoder(limits)
-    atexit.register(decoder.close)
-  return _decoders[limits]
+  if limits not in _guards:
+    guard = _guards[limits] = decode.Guard(limits)
+    atexit.register(guard.close)
+  return _guards[limits]

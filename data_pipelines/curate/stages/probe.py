@@ -42,8 +42,6 @@ class Probe(SourceStage):
 
   name: ClassVar[str] = "probe"
   columns: ClassVar[dict[str, pa.DataType]] = {
-    "error_code": pa.string(),
-    "error": pa.string(),
     "container": pa.string(),
     "codec": pa.string(),
     "pixel_format": pa.string(),
@@ -65,14 +63,12 @@ class Probe(SourceStage):
   match_suffix: bool = True
   min_seconds: float = threshold(4.0)
   max_seconds: float = threshold(120.0)
+  needs_audio: bool = threshold(False)
 
   def rules(self) -> tuple[Rule, ...]:
-    return (
-      Rule(
-        "duration", "duration", "duration",
-        at_least=self.min_seconds, at_most=self.max_seconds,
-      ),
-    )  # fmt: skip
+    bounds = {"at_least": self.min_seconds, "at_most": self.max_seconds}
+    rules = (Rule("duration", "duration", "duration", **bounds),)
+    return (*rules, Rule("has_audio", "no_sound", at_least=1)) if self.needs_audio else rules
 
   def score(self, path: str) -> dict[str, Any]:
     """The columns; of a file that cannot be read only error_code and error."""
