@@ -43,6 +43,7 @@ __all__ = [
   "frame_to_rgb",
   "header_duration",
   "open_media",
+  "pixel_aspect",
   "probe",
   "read_audio",
   "read_image",
@@ -100,7 +101,7 @@ def probe(path: str | os.PathLike) -> MediaInfo:
     first = next(_decode(container, stream, path), None)
     if first is None:
       raise MediaError(f"{path} has no frame that can be decoded; re-encode or remove it.")
-    width, height = display_size(first, stream)
+    width, height = display_size(first, pixel_aspect(stream))
     has_audio = bool(container.streams.audio)
     codec = stream.codec_context.name
     rate = float(stream.average_rate or stream.guessed_rate or 0)
@@ -162,7 +163,7 @@ def read_video(
       picked, order = _pick(shown, times, stream, name)
     if not picked:
       raise MediaError(f"{name} has no frame that can be decoded; re-encode or remove it.")
-    distinct = [frame_to_rgb(frame, stream, size) for frame in picked]
+    distinct = [frame_to_rgb(frame, pixel_aspect(stream), size) for frame in picked]
   return np.stack([distinct[i] for i in order])
 
 
@@ -177,7 +178,7 @@ def stream_video(source: str | os.PathLike, chunk: int = 32) -> Iterator[np.ndar
     total = header_duration(container, stream)
     held, stamps = [], []
     for time, frame in _frames_from(container, stream, name, 0.0):
-      held.append(frame_to_rgb(frame, stream, None))
+      held.append(frame_to_rgb(frame, pixel_aspect(stream), None))
       stamps = [*stamps[-1:], time]
       if len(held) == chunk:
         yield np.stack(held)
@@ -410,10 +411,15 @@ def _refuse_short(stamps, wanted, stream, name):
     )
 
 
-def display_size(frame, stream) -> tuple[int, int]:
-  """(width, height) after non-square pixels and rotation."""
+def pixel_aspect(stream) -> float:
+  """Width of a pixel / its height; 1 if the file does not say."""
   ratio = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
-  width = round(frame.width * float(ratio)) if ratio and ratio > 0 else frame.width
+  return float(ratio) if ratio and ratio > 0 else 1.0
+
+
+def display_size(frame, aspect: float) -> tuple[int, int]:
+  """(width, height) of a frame of such pixels, after rotation."""
+  width = round(frame.width * aspect)
   return (frame.height, width) if frame.rotation % 180 else (width, frame.height)
 
 
@@ -424,9 +430,9 @@ def _cover(height, width, size) -> tuple[tuple[int, int], tuple[int, int]]:
   return scaled, ((scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2)
 
 
-def frame_to_rgb(frame, stream, size) -> np.ndarray:
+def frame_to_rgb(frame, aspect: float, size) -> np.ndarray:
   """uint8 [H, W, 3] as displayed; `size` as in read_video, None for its own."""
-  width, height = display_size(frame, stream)
+  width, height = display_size(frame, aspect)
   corner = (0, 0)
   if size is None:
     (height_to, width_to), size = (height, width), (height, width)

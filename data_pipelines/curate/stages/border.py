@@ -9,6 +9,7 @@ appendix B.1: first derivatives and a scan for straight lines.)
 import dataclasses
 from typing import Any, ClassVar
 
+import cv2
 import numpy as np
 import pyarrow as pa
 
@@ -62,6 +63,8 @@ class _Observer:
     self._sum: np.ndarray | None = None
     self._low: np.ndarray | None = None
     self._high: np.ndarray | None = None
+    self._rows: _Lines | None = None
+    self._columns: _Lines | None = None
 
   def frame(self, frame: Frame) -> None:
     if frame.time < self._next / self._stage.looks - 1e-6:
@@ -71,7 +74,10 @@ class _Observer:
     if self._sum is None or self._sum.shape != luma.shape:
       self._count, self._sum = 0, np.zeros(luma.shape, np.float32)
       self._low, self._high = luma, luma
+      self._rows, self._columns = _Lines(luma), _Lines(luma.T)
     self._sum += luma
+    self._rows.add(luma)
+    self._columns.add(luma.T)
     self._low, self._high = np.minimum(self._low, luma), np.maximum(self._high, luma)
     self._count += 1
 
@@ -80,8 +86,8 @@ class _Observer:
       return dict.fromkeys(Border.columns)
     mean = self._sum / self._count
     change = self._high.astype(np.float32) - self._low
-    top, bottom = _bars(mean, change, self._stage.thinnest)
-    left, right = _bars(mean.T, change.T, self._stage.thinnest)
+    top, bottom = _bars(mean, change, self._rows, self._stage.thinnest)
+    left, right = _bars(mean.T, change.T, self._columns, self._stage.thinnest)
     return {
       "border_top": top,
       "border_bottom": bottom,
@@ -91,17 +97,37 @@ class _Observer:
     }
 
 
-def _bars(mean: np.ndarray, change: np.ndarray, thinnest: float) -> tuple[float, float]:
+class _Lines:
+  """How often there was a straight edge at each row: edges that move are no border's."""
+
+  def __init__(self, luma: np.ndarray):
+    self._looks = 0
+    self._weak = np.zeros(len(luma), int)
+    self._strong = np.zeros(len(luma), int)
+
+  def add(self, luma: np.ndarray) -> None:
+    steep = cv2.absdiff(luma[2:], luma[:-2])
+    self._looks += 1
+    self._weak[1:-1] += np.mean(steep >= _EDGE, axis=1) >= 0.5
+    self._strong[1:-1] += np.mean(steep >= _STRONG_EDGE, axis=1) >= _ALONG
+
+  def lasting(self, strong: bool) -> np.ndarray:
+    """bool [rows]; lossy coding may blur an edge in some looks."""
+    return (self._strong if strong else self._weak) >= 0.8 * self._looks
+
+
+def _bars(mean, change, lines: _Lines, thinnest: float) -> tuple[float, float]:
   """Depths of the bars before and after the picture along axis 0, as shares of its length."""
   least = max(2, round(thinnest * len(mean)))
-  first = _flat_bar(mean, change, least)
-  last = _flat_bar(mean[::-1], change[::-1], least)
+  weak = lines.lasting(strong=False)
+  first = _flat_bar(mean, change, weak, least)
+  last = _flat_bar(mean[::-1], change[::-1], weak[::-1], least)
   if not first and not last:
-    first = last = _edges(mean, least)
+    first = last = _edges(lines.lasting(strong=True), least)
   return first / len(mean), last / len(mean)
 
 
-def _flat_bar(mean, change, least) -> int:
+def _flat_bar(mean, change, lines, least) -> int:
   """Rows of a flat bar at the start, or 0."""
   level = np.median(mean[:least])
   # Three fifths of a row: subtitles in a bar leave it one.
@@ -113,15 +139,12 @@ def _flat_bar(mean, change, least) -> int:
   inside = mean[min(depth + 2, len(mean) - 1)]
   outside = mean[max(depth - 2, 0)]
   straight = np.mean(abs(inside - outside) >= _EDGE) >= _ALONG
-  return depth if straight else 0
+  return depth if straight and lines[depth - 2 : depth + 3].any() else 0
 
 
-def _edges(mean, least) -> int:
-  """Rows between each end and a straight edge, if there is one at the same depth on both."""
-  steep = abs(mean[2:] - mean[:-2])
-  lines = np.append(0, np.append(np.mean(steep >= _STRONG_EDGE, axis=1) >= _ALONG, 0))
-  deepest = int(_DEEPEST * len(mean))
-  for depth in range(least, deepest):
+def _edges(lines, least) -> int:
+  """Rows between each end and a lasting edge, if there is one at the same depth on both."""
+  for depth in range(least, int(_DEEPEST * len(lines))):
     near, far = lines[depth - 1 : depth + 2], lines[::-1][depth - 1 : depth + 2]
     if near.any() and far.any():
       return depth

@@ -1,6 +1,6 @@
 """How the camera moves: one of Movie Gen's 16 classes, and how sure that is.
 
-By default geometry decides: corners are tracked over a fifth of a second, a similarity transform is
+By default geometry decides: corners are tracked over two fifths of a second, a similarity transform is
 fitted to those that agree, and the transforms of a clip are summed up. That tells pan, tilt, zoom,
 static and handheld. It cannot tell pan from truck, tilt from pedestal, zoom from push, nor see arc
 and tracking shots: these need depth. A trained classifier of all 16 can be given as an ONNX file.
@@ -24,7 +24,9 @@ CLASSES = (
   "truck left", "tilt up", "tilt down", "pedestal up", "pedestal down", "arc shot",
   "tracking shot", "static shot", "handheld shot",
 )  # fmt: skip
-_CORNERS = 160
+_CORNERS = 200  # at most
+_TEXTURE = 1e-5  # least eigenvalue of a corner, of luma in 0 to 1
+_STEPS = (cv2.TERM_CRITERIA_COUNT + cv2.TERM_CRITERIA_EPS, 10, 0.03)  # of the tracker
 _CELLS = 64  # pixels across, of the small picture that says how much stays as it is
 
 
@@ -54,7 +56,7 @@ class Camera(FrameStage):
     "camera_shake": pa.float64(),  # from step to step, short sides
   }
 
-  step: float = 0.2
+  step: float = 0.4
   width: int = 320
   moves: float = 0.04
   shakes: float = 0.004
@@ -114,11 +116,11 @@ def _movement(before: np.ndarray, after: np.ndarray) -> _Step | None:
   """The similarity transform that most of two pictures [H, W] agree on."""
   height, width = before.shape
   short = min(height, width)
-  corners = cv2.goodFeaturesToTrack(before, _CORNERS, 0.01, max(3, short // 24), blockSize=5)
-  if corners is not None and len(corners) >= 8:
-    side = max(9, min(21, short // 8 * 2 + 1))
+  corners = _corners(before)
+  if len(corners) >= 8:
+    side = max(9, min(15, short // 8 * 2 + 1))
     found, status, _ = cv2.calcOpticalFlowPyrLK(
-      before, after, corners, None, winSize=(side, side), maxLevel=2
+      before, after, corners, None, winSize=(side, side), maxLevel=3, criteria=_STEPS
     )
     kept = status[:, 0] == 1
     start, end = corners[kept, 0], found[kept, 0]
@@ -130,6 +132,25 @@ def _movement(before: np.ndarray, after: np.ndarray) -> _Step | None:
         return _step(matrix, height, width)
   # Little to hold on to, or only on things: what does not change was not moved.
   return _Step(0.0, 0.0, 0.0, 0.0) if _mostly_unchanged(before, after) else None
+
+
+def _corners(luma: np.ndarray) -> np.ndarray:
+  """float32 [N, 1, 2]: the best corner of each cell, so that things do not outnumber what is behind.
+
+  Cells without texture give none.
+  """
+  strength = cv2.cornerMinEigenVal(luma, 5)
+  height, width = luma.shape
+  cell = max(4, round(math.sqrt(height * width / _CORNERS)))
+  rows, columns = height // cell, width // cell
+  cells = strength[: rows * cell, : columns * cell].reshape(rows, cell, columns, cell)
+  cells = cells.transpose(0, 2, 1, 3).reshape(rows * columns, cell * cell)
+  best = cells.argmax(axis=1)
+  kept = cells.max(axis=1) >= _TEXTURE
+  row, column = np.divmod(np.arange(rows * columns), columns)
+  y, x = row * cell + best // cell, column * cell + best % cell
+  inside = (x >= 2) & (y >= 2) & (x < width - 2) & (y < height - 2)
+  return np.float32(np.stack([x, y], axis=1)[kept & inside])[:, None]
 
 
 def _is_background(points, agree, height, width) -> bool:

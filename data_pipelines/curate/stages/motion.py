@@ -17,6 +17,7 @@ from data_pipelines.curate.stage import Frame, FrameStage, Row, Rule, threshold
 # The filter's blur. Times 16 down and times 8 across, it fits in 16 bits with 7 of them fractional.
 _KERNEL = np.float32([0.054488685, 0.244201342, 0.402619947, 0.244201342, 0.054488685])
 _SCALE = 16 * 8
+_LARGE = 200_000  # pixels, of pictures whose border is too small a part to be worth it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +95,11 @@ def blur(luma: np.ndarray) -> np.ndarray:
 
   Borders are mirrored without the outermost pixel on the left and top, with it on the other two.
   """
-  height, width = luma.shape
   blurred = cv2.sepFilter2D(
     luma, cv2.CV_16S, _KERNEL * 8, _KERNEL * 16, borderType=cv2.BORDER_REFLECT_101
   )
-  if height > 8 and width > 8:  # OpenCV knows one border for all sides: the far ones once more
+  # OpenCV knows one border for all sides. The far ones once more, where they weigh in the mean.
+  if 8 < min(luma.shape) and luma.size < _LARGE:
     for part, far in (
       (luma[:, -8:], np.s_[:, -2:]),
       (luma[-8:, :], np.s_[-2:, :]),

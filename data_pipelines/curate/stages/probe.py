@@ -21,7 +21,7 @@ from data_pipelines.curate.decode import (
   open_checked,
 )
 from data_pipelines.curate.stage import Rule, SourceStage, threshold
-from mgen_jax.data.media import VIDEO_SUFFIXES, MediaError, video_stream
+from mgen_jax.data.media import VIDEO_SUFFIXES, MediaError, display_size, pixel_aspect, video_stream
 
 # FFmpeg's name of a container -> the suffixes that belong to it.
 _SUFFIXES = {
@@ -105,10 +105,8 @@ def _describe(container, stream, path, duration) -> dict[str, Any]:
       " second.",
     )
   first = _first_frame(container, stream, path)
-  aspect = float(stream.sample_aspect_ratio or context.sample_aspect_ratio or 1) or 1.0
-  width, height = round(first.width * aspect), first.height
-  if first.rotation % 180:
-    width, height = height, width
+  aspect = pixel_aspect(stream)
+  width, height = display_size(first, aspect)
   return {
     "container": container.format.name.split(",")[0],
     "codec": context.name,

@@ -48,9 +48,7 @@ class Scan(FrameStage):
   shots: float = threshold(0.85)
 
   def rules(self) -> tuple[Rule, ...]:
-    return (
-      Rule("shots_per_second", "too_many_shots", "jitter", at_most=self.shots, strict=True),
-    )
+    return (Rule("shots_per_second", "too_many_shots", "jitter", at_most=self.shots, strict=True),)
 
   def scorer(self) -> str:
     return "ffmpeg scene score"
@@ -67,7 +65,11 @@ class _Moment:
   time: float
   score: float  # FFmpeg's
   change: float  # mean difference of luma to the frame before, 0 to 1
-  thumb: np.ndarray
+  frame: Frame
+
+  @property
+  def thumb(self) -> np.ndarray:
+    return self.frame.luma_at(_THUMB)
 
 
 class SceneObserver:
@@ -98,8 +100,7 @@ class SceneObserver:
       before = self._recent[-1].change
       score = min(change, abs(change - before))
     self._luma = luma
-    thumb = frame.luma_at(_THUMB)
-    self._recent.append(_Moment(frame.index, frame.time, score, change, thumb))
+    self._recent.append(_Moment(frame.index, frame.time, score, change, frame))
     self._times.append(frame.time)
     if frame.index >= _AHEAD:
       self._decide(frame.index - _AHEAD)

@@ -40,7 +40,7 @@ class Vectors(FrameStage):
 
   source: Literal["mestimate", "native"] = "mestimate"
   width: int = 480
-  pairs: float = 2.0
+  pairs: float = 1.0
   low: float = threshold(0.5)
   high: float = threshold(7.0)
 
@@ -129,7 +129,10 @@ def estimate(first: av.VideoFrame, second: av.VideoFrame, width: int) -> tuple[f
   vectors = _side_data(frame)
   if vectors is None:
     return 0.0, 0.0
-  mean, coverage = _summary(vectors[vectors["source"] > 0], frame.width, frame.height)
+  vectors = vectors[vectors["source"] > 0]
+  # It states places only; its other fields are whatever was in memory.
+  x, y = (vectors[f"src_{axis}"].astype(np.float64) - vectors[f"dst_{axis}"] for axis in "xy")
+  mean, coverage = _summary(vectors, x, y, frame.width, frame.height)
   return mean / scale, coverage
 
 
@@ -139,7 +142,9 @@ def _stored(frame: av.VideoFrame) -> tuple[float, float] | None:
   vectors = _side_data(frame)
   if vectors is None:
     return None
-  return _summary(vectors[vectors["source"] < 0], frame.width, frame.height)
+  vectors = vectors[vectors["source"] < 0]
+  x, y = (vectors[f"motion_{axis}"] / vectors["motion_scale"] for axis in "xy")
+  return _summary(vectors, x, y, frame.width, frame.height)
 
 
 def _side_data(frame) -> np.ndarray | None:
@@ -153,16 +158,10 @@ def _motion_vectors(frame) -> Iterator[Any]:
   return (data for data in frame.side_data if data.type == kind)
 
 
-def _summary(vectors, width, height) -> tuple[float, float]:
+def _summary(vectors, x, y, width, height) -> tuple[float, float]:
+  """Mean length and coverage of vectors (x, y)."""
   if not len(vectors):
     return 0.0, 0.0
   area = vectors["w"].astype(np.float64) * vectors["h"]
-  length = np.hypot(*(_along(vectors, axis) for axis in "xy"))
+  length = np.hypot(x, y)
   return float((area * length).sum() / (width * height)), float(area.sum() / (width * height))
-
-
-def _along(vectors, axis) -> np.ndarray:
-  """Pixels along one axis; mestimate states whole ones only, as places."""
-  scale = vectors["motion_scale"].astype(np.float64)
-  places = vectors[f"src_{axis}"].astype(np.float64) - vectors[f"dst_{axis}"]
-  return np.where(scale > 0, vectors[f"motion_{axis}"] / np.maximum(scale, 1), places)
