@@ -34,9 +34,10 @@ class Captions(stage.FrameStage):
   )
 
   first: captioners.CaptionerConfig = captioners.CaptionerConfig(kind="sidecar")
-  second: captioners.CaptionerConfig | None = None
-  # Of clips that the first one captions. Where it has nothing to say the second is asked.
-  first_share: float = 0.7
+  second: captioners.CaptionerConfig | None = captioners.CaptionerConfig(kind="template")
+  # Of clips that the first one captions; the paper's mixture is 0.7. Where one has nothing to say
+  # the other is asked.
+  first_share: float = 1.0
   seed: int = 0
   min_words: int = stage.threshold(1)
 
