@@ -74,6 +74,7 @@ def test_every_file_is_kept_or_rejected_with_a_reason(first):
   assert twins and all(row["caption"] is None for row in twins)
   kept = [row for row in rows if row["keep"]]
   assert kept and all(row["caption"].startswith("light") for row in kept)
+  assert all(row["shout"] == (row["caption"] and row["caption"].upper()) for row in rows)
   assert len({row["twin"] for row in kept}) == len(kept)
   assert all(row["frames_seen"] == 4 for row in rows if row["clip_id"])
 
@@ -114,6 +115,7 @@ def test_a_looser_threshold_names_what_was_not_scored_and_a_run_scores_it(first,
   _, totals, again = curate(looser, videos, out)
   assert totals["clips"] >= len(dark)
   assert select.NOT_SCORED not in again["first_fail"].to_pylist()
+  assert all(row["shout"] for row in again.to_pylist() if row["keep"])
   light = {r["clip_id"]: r["light"] for r in table.to_pylist()}
   assert {r["clip_id"]: r["light"] for r in again.to_pylist()} == light
 
