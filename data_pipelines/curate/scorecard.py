@@ -15,7 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.curate import planted
+from data_pipelines.curate import planted, store
+from mgen_jax.errors import UserError
 
 Row = Mapping[str, Any]
 
@@ -24,7 +25,7 @@ Row = Mapping[str, Any]
 EXPECTED: Mapping[str, tuple[str, ...]] = {
   "static": ("static",),
   "slideshow": ("slideshow",),
-  "many_cuts": ("many_cuts",),
+  "many_cuts": ("too_many_shots",),
   "letterbox": ("border",),
   "letterboxed": ("border",),
   "text_overlay": ("text",),
@@ -200,8 +201,10 @@ def _cuts(truth, by_file) -> Share:
     if each["kind"] in ("clean", "hard_cut", "many_cuts") and by_file[each["file"]]:
       found = by_file[each["file"]][0]["cuts"]
       wanted, slack = each["cuts"], 1.01 / each["fps"]
-      outcomes[each["file"]] = found is not None and len(found) == len(wanted) and all(
-        abs(a - b) <= slack for a, b in zip(found, wanted, strict=True)
+      outcomes[each["file"]] = (
+        found is not None
+        and len(found) == len(wanted)
+        and all(abs(a - b) <= slack for a, b in zip(found, wanted, strict=True))
       )
   return _share(outcomes)
 
@@ -224,8 +227,22 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument("--output", required=True, metavar="DIR", help="the results of its curation")
   parser.add_argument("--json", action="store_true", help="write JSON, with all files")
   options = parser.parse_args(arguments)
-  card = measure(planted.read_truth(options.planted), read_items(options.output))
+  try:
+    card = measure(planted.read_truth(options.planted), read_items(options.output))
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
   print(json.dumps(card.plain(), indent=2) if options.json else card.text())
   return 0
 
 
+def read_items(output: str) -> list[dict[str, Any]]:
+  """The decisions of the run in a folder. Raises UserError if there are none."""
+  path = Path(output) / "selection.parquet"
+  if not path.is_file():
+    raise UserError(f"{path} does not exist; run curation first.")
+  return store.read_table(path).to_pylist()
+
+
+if __name__ == "__main__":
+  sys.exit(main())
