@@ -129,6 +129,17 @@ class Recipe:
     return versions
 
   @functools.cached_property
+  def dear(self) -> tuple[str, ...]:
+    """The gated stages, and those that read from them: they have nothing to read without."""
+    dear: list[str] = []
+    columns: set[str] = set()
+    for stage in self.stages:
+      if stage.name in self.gated or columns & set(stage.needs):
+        dear.append(stage.name)
+        columns |= set(stage.columns)
+    return tuple(dear)
+
+  @functools.cached_property
   def phases(self) -> tuple[tuple[Stage, ...], ...]:
     """Runs of stages of one kind: by partition (sources and clips), or over the whole table."""
     phases: list[list[Stage]] = []

@@ -228,7 +228,7 @@ def _inputs(run: Run, listed: pa.Table, phase: int) -> dict[int, str]:
   gates = [
     [stage.name, [dataclasses.astuple(rule) for _, rule in recipe.rules(before=stage.name)]]
     for stage in stages
-    if stage.name in recipe.gated
+    if stage.name in recipe.dear
   ]
   if recipe.gate_sources:
     of_sources = [s for s in recipe.stages if recipe.levels[s.name] == "source"]

@@ -93,7 +93,7 @@ class _Unit:
     self.gates = {
       stage.name: tuple(rule for _, rule in self.recipe.rules(before=stage.name))
       for stage in self.stages
-      if stage.name in self.recipe.gated
+      if stage.name in self.recipe.dear
     }
     self.old = {stage.name: self._load(stage) for stage in self.stages}
     self.rows: dict[str, list[Row]] = {stage.name: [] for stage in self.stages}

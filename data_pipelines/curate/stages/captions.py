@@ -34,9 +34,10 @@ class Captions(stage.FrameStage):
   )
 
   first: captioners.CaptionerConfig = captioners.CaptionerConfig(kind="sidecar")
-  second: captioners.CaptionerConfig | None = None
-  # Of clips that the first one captions. Where it has nothing to say the second is asked.
-  first_share: float = 0.7
+  second: captioners.CaptionerConfig | None = captioners.CaptionerConfig(kind="template")
+  # Of clips that the first one captions; the paper's mixture is 0.7. Where one has nothing to say
+  # the other is asked.
+  first_share: float = 1.0
   seed: int = 0
   min_words: int = stage.threshold(1)
 
@@ -115,7 +116,8 @@ class Prompts(stage.RowStage):
     # Late: the encoders bring jax, which no process that decodes should have to load.
     from mgen_jax.encoders.prompts import Prompt, compose
 
-    sure = (row["camera_confidence"] or 0.0) >= self.min_confidence
-    camera = row["camera"] if sure and row["camera"] else ""
-    prompt = Prompt(row["caption"] or "", row["bucket_fps"] or 0.0, camera)
+    # A clip that was rejected before it was captioned has no such column.
+    sure = (row.get("camera_confidence") or 0.0) >= self.min_confidence
+    camera = (row["camera"] or "") if sure else ""
+    prompt = Prompt(row.get("caption") or "", row.get("bucket_fps") or 0.0, camera)
     return {"caption_camera": camera, "prompt": compose(prompt, fps_prefix=True)}

@@ -159,10 +159,22 @@ class Words(RowStage):
     return {"caption": f"light {row['light']:.1f} of kind {row['twin']}"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Shout(RowStage):
+  """Reads what a gated stage wrote."""
+
+  name: ClassVar[str] = "shout"
+  columns: ClassVar[dict] = {"shout": pa.string()}
+  needs: ClassVar[tuple] = ("caption",)
+
+  def score(self, row) -> dict[str, Any]:
+    return {"shout": row["caption"].upper()}
+
+
 def recipe(**changes: Any) -> Recipe:
   """The stages above; `light=Light(...)` and so on replace one."""
   stages = {"header": Header(), "halves": Halves(), "light": Light(), "dear": Dear()}
-  stages |= {"twins": Twins(), "words": Words()}
+  stages |= {"twins": Twins(), "words": Words(), "shout": Shout()}
   fields = {"seed": 0, "partitions": 8, "gated": ("dear", "words")}
   for key in list(changes):
     (stages if key in stages else fields)[key] = changes[key]
