@@ -32,28 +32,33 @@ _FPS = 30
 
 
 def write_films(folder: Path, count: int, height: int, width: int, seconds: float) -> None:
-  """Windows that pan and zoom over smooth noise, with grain: as hard to decode as real films."""
+  """Films of one scene each, a process for each core."""
   folder.mkdir(parents=True, exist_ok=True)
-  for number in range(count):
-    rng = np.random.default_rng(number)
-    large = rng.normal(0, 1, (height // 8, width // 8, 3)).astype(np.float32)
-    large += cv2.resize(rng.normal(0, 2, (9, 16, 3)).astype(np.float32), large.shape[1::-1])
-    texture = np.clip(cv2.resize(large, (2 * width, 2 * height)) * 30 + 110, 0, 255)
-    grain = rng.normal(0, 3, (4, height, width, 3)).astype(np.float32)
+  jobs = [(folder / f"film{number:02d}.mp4", number, height, width, seconds)
+          for number in range(count)]  # fmt: skip
+  context = multiprocessing.get_context("spawn")
+  with futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+    list(pool.map(write_film, *zip(*jobs, strict=True)))
 
-    def chunks(texture=texture, grain=grain, rng=rng):
-      speed = rng.uniform(40, 120, 2)
-      for frame in range(round(seconds * _FPS)):
-        at = speed * frame / _FPS
-        moved = cv2.warpAffine(
-          texture,
-          np.float32([[1, 0, -at[0]], [0, 1, -at[1]]]),
-          (width, height),
-          borderMode=cv2.BORDER_REFLECT,
-        )
-        yield np.clip(moved + grain[frame % 4], 0, 255).astype(np.uint8)[None]
 
-    media.write_video_stream(folder / f"film{number:02d}.mp4", chunks(), _FPS, crf=23)
+def write_film(path: Path, seed: int, height: int, width: int, seconds: float) -> None:
+  """A window that moves over smooth noise, with grain: as hard to decode as a real film."""
+  rng = np.random.default_rng(seed)
+  large = rng.normal(0, 1, (height // 8, width // 8, 3)).astype(np.float32)
+  large += cv2.resize(rng.normal(0, 2, (9, 16, 3)).astype(np.float32), large.shape[1::-1])
+  texture = np.clip(cv2.resize(large, (2 * width, 2 * height)) * 30 + 110, 0, 255)
+  grain = rng.normal(0, 3, (4, height, width, 3)).astype(np.float32)
+  speed = rng.uniform(40, 120, 2)
+
+  def frames():
+    for frame in range(round(seconds * _FPS)):
+      x, y = -speed * frame / _FPS
+      window = np.float32([[1, 0, x], [0, 1, y]])
+      border = cv2.BORDER_REFLECT
+      moved = cv2.warpAffine(texture, window, (width, height), borderMode=border)
+      yield np.clip(moved + grain[frame % 4], 0, 255).astype(np.uint8)[None]
+
+  media.write_video_stream(path, frames(), _FPS, crf=23)
 
 
 def decode(path: str) -> int:
@@ -100,9 +105,11 @@ def curate(folder: str, settings: config.CurateConfig, engine: str, processes: i
 def main() -> None:
   parser = common.parser(__doc__, rounds=1)
   parser.add_argument("--input", help="Folder of videos; without: films made here.")
-  parser.add_argument("--films", type=int, default=8, help="How many are made (default: 8).")
+  parser.add_argument("--films", type=int, default=8, help="How many (default: 8).")
   parser.add_argument("--size", default="720,1280", help="Of made films: height,width.")
-  parser.add_argument("--seconds", type=float, default=12.0, help="Of a made film (default: 12).")
+  parser.add_argument(
+    "--seconds", type=float, default=28.0, help="Of a film; the paper's mean: 28."
+  )
   parser.add_argument("--processes", default="1,2,4", help='How many at once (default: "1,2,4").')
   parser.add_argument("--engines", default="local", help='"local", or "local,ray".')
   parser.add_argument("--keep", help="Keep the made films here, and use them if they are there.")

@@ -210,6 +210,10 @@ class FrameStage(Stage):
   live: ClassVar[bool] = False
   native: ClassVar[bool] = False
 
+  def needs_frames(self) -> bool:
+    """Whether, with these settings, an observer must see frames before it is asked for scores."""
+    return True
+
   def observer(self, row: Row) -> Observer:
     """A new observer; `row` holds the scores so far (width, height, fps, duration, start, end)."""
     raise NotImplementedError

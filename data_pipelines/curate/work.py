@@ -158,7 +158,7 @@ class _Unit:
     split = self.recipe.split
     known = self.old[split.name].get(_source_key(row))
     if known is None:
-      observed = [stage for stage in self.at_clips if isinstance(stage, FrameStage)]
+      observed = [s for s in self.at_clips if isinstance(s, FrameStage) and s.needs_frames()]
       watched = self._watch(row, path, on_frames, split, None, observed)
       if isinstance(watched, dict):
         self._add(split, row | {"clip_id": None}, watched)
@@ -223,6 +223,9 @@ class _Unit:
       if not isinstance(stage, FrameStage):
         self._add(stage, clip, self._timed(stage, clip))
         continue
+      if not stage.needs_frames():
+        self._add(stage, clip, stage.observer(clip).scores())
+        continue
       if not set(stage.columns) <= set(seen):
         seen |= self._look_again(clip, path, seen)
       self._add(stage, clip, seen)
@@ -233,6 +236,7 @@ class _Unit:
       stage
       for stage in self.at_clips
       if isinstance(stage, FrameStage)
+      and stage.needs_frames()
       and clip["clip_id"] not in self.old[stage.name]
       and not set(stage.columns) <= set(clip) | set(seen)
       and self._passes_gate(stage, clip)
