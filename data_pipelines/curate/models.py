@@ -57,7 +57,7 @@ class ImageModel:
       self._session = onnxruntime.InferenceSession(
         path, options, providers=onnxruntime.get_available_providers()
       )
-    except (RuntimeError, ValueError) as error:  # what onnxruntime's own errors derive from
+    except Exception as error:  # its errors have no base of their own
       raise UserError(f"{path} is no ONNX network that can be opened ({error}).") from error
     self._path = path
     self._mean, self._std = np.float32(mean), np.float32(std)

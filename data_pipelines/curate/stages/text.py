@@ -139,8 +139,8 @@ def measure(rgb: np.ndarray, reader: Reader, settings: Text) -> tuple[float, flo
 def covered(words: Sequence[Word], height: int, width: int) -> float:
   """The share of a frame under the union of the words' boxes."""
   mask = np.zeros((height, width), np.uint8)
-  if words:
-    cv2.fillPoly(mask, [np.int32(np.round(word.box)) for word in words], 1)
+  for word in words:  # one by one: fillPoly leaves out what two of its polygons share
+    cv2.fillPoly(mask, [np.int32(np.round(word.box))], 1)
   return float(mask.mean())
 
 
