@@ -140,6 +140,18 @@ class Recipe:
     return tuple(dear)
 
   @functools.cached_property
+  def from_beside(self) -> tuple[str, ...]:
+    """Stages that read what stages read from files beside the videos: their old rows are only good
+    for the same values."""
+    columns = {column for stage in self.stages if stage.beside for column in stage.columns}
+    found: list[str] = []
+    for stage in self.stages:
+      if columns & set(stage.needs):
+        found.append(stage.name)
+        columns |= set(stage.columns)
+    return tuple(found)
+
+  @functools.cached_property
   def phases(self) -> tuple[tuple[Stage, ...], ...]:
     """Runs of stages of one kind: by partition (sources and clips), or over the whole table."""
     phases: list[list[Stage]] = []

@@ -235,7 +235,7 @@ def _inputs(run: Run, listed: pa.Table, phase: int) -> dict[int, str]:
     gates.append(["", [dataclasses.astuple(rule) for s in of_sources for rule in s.rules()]])
   versions = [[stage.name, recipe.versions[stage.name]] for stage in stages]
   keys: dict[int, list] = {partition: [] for partition in range(recipe.partitions)}
-  columns = listed.select(["partition", "source_id", "copy", "listed_error"]).to_pydict()
+  columns = listed.select(["partition", "source_id", "copy", "listed_error", "beside"]).to_pydict()
   for partition, *key in zip(*columns.values(), strict=True):
     keys[partition].append(key)
   found = {}

@@ -134,11 +134,26 @@ def test_new_files_are_the_only_ones_that_are_scored(videos, tmp_path):
   assert table.equals(fresh)  # history leaves no trace
 
 
+def test_a_text_that_came_later_is_read(tmp_path):
+  videos = small.write_videos(tmp_path / "videos", 3)
+  _, _, before = curate(small.recipe(), videos, tmp_path / "out")
+  assert all(row["shout"].startswith("LIGHT") for row in before.to_pylist() if row["keep"])
+  (videos / "clip000.txt").write_text("!!")
+  _, totals, after = curate(small.recipe(), videos, tmp_path / "out")
+  assert totals["units"] > 0
+  changed = [r for r in after.to_pylist() if r["keep"] and r["shout"].endswith("!!")]
+  assert {row["path"] for row in changed} == {"clip000.mp4"}
+  same = [r for r in before.to_pylist() if r["path"] != "clip000.mp4"]
+  assert same == [r for r in after.to_pylist() if r["path"] != "clip000.mp4"]
+  _, totals, _ = curate(small.recipe(), videos, tmp_path / "out")
+  assert totals["units"] == 0
+
+
 def test_another_setting_scores_that_stage_and_what_reads_it(first, videos, tmp_path):
   run, _, _ = first
   other = small.recipe(light=small.Light(gain=2.0))
   same = {name for name in run.recipe.versions if run.recipe.versions[name] == other.versions[name]}
-  assert same == {"header", "halves", "dear"}
+  assert same == {"header", "note", "halves", "dear"}
   out = tmp_path / "out"
   curate(small.recipe(), videos, out)
   before = files(out)
