@@ -7,7 +7,8 @@ Raw decode is PyAV's decoder on one thread in each of as many processes, over th
 pipeline is the whole weight-free one (probe to buckets, every frame seen by all of its stages).
 They take turns. "of decode" compares processor time, start of processes and all: frames a CPU
 second of the pipeline over those of raw decode; "steady" leaves out starts and Parquet, which a
-long run does not notice (Ray's processes are not our children, so it has the steady figure only). Without --input it writes films of moving, grainy textures.
+long run does not notice (Ray's processes are not our children, so it has the steady figure only).
+Without --input it writes films of moving, grainy textures.
 """
 
 import multiprocessing
