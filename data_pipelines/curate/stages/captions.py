@@ -7,6 +7,7 @@ encoders put the three together (`mgen_jax.encoders.prompts`). `prompt` is that 
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -58,7 +59,7 @@ class Captions(stage.FrameStage):
   def scorer(self) -> str:
     both = [each for each in (self.first, self.second) if each is not None]
     return " + ".join(
-      f"{each.label} {sha256_file(each.file)[:12]}" if each.kind == "batch" else each.label
+      f"{each.label} {sha256_file(Path(each.file))[:12]}" if each.kind == "batch" else each.label
       for each in both
     )
 

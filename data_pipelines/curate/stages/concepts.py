@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipelines.curate import draws, stage
-from data_pipelines.curate.stages.copies import groups
+from data_pipelines.curate.stages.copies import faiss_threads, groups
 from mgen_jax.errors import ConfigError
 
 
@@ -89,17 +89,13 @@ def cluster(vectors: np.ndarray, count: int, iterations: int, merge: float) -> n
 
   One thread: a sum over threads would depend on how many there are.
   """
-  threads = faiss.omp_get_max_threads()
-  faiss.omp_set_num_threads(1)
-  try:
+  with faiss_threads(0):
     kmeans = faiss.Kmeans(
       vectors.shape[1], count, niter=iterations, spherical=True, seed=1, verbose=False,
       min_points_per_centroid=1, max_points_per_centroid=1024,
     )  # fmt: skip
     kmeans.train(vectors)
     _, nearest = kmeans.index.search(vectors, 1)
-  finally:
-    faiss.omp_set_num_threads(threads)
   centres = kmeans.centroids
   alike = np.argwhere(np.triu(centres @ centres.T >= merge, 1))
   joined = np.array(groups(count, [(int(i), int(j)) for i, j in alike]))[nearest[:, 0]]

@@ -10,6 +10,7 @@ Comparing every clip with every other is exact up to `exact_up_to` rows; beyond,
 with those of its nearest cells only (faiss, inverted lists).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -25,6 +26,7 @@ from data_pipelines.curate.stages.hashes import BITS
 from mgen_jax.errors import ConfigError, UserError
 
 _OVERLAP = 0.5  # least share of the shorter clip over which two are compared
+_MANY = 50_000  # rows from which on a search takes all threads
 _BIT_COUNT = np.array([bin(value).count("1") for value in range(256)], np.uint8)
 
 
@@ -128,6 +130,17 @@ def exact_pairs(table: pa.Table) -> Iterator[tuple[tuple[int, int], float]]:
     yield from (((i, j), 1.0) for i, j in itertools.pairwise(members))
 
 
+@contextlib.contextmanager
+def faiss_threads(rows: int) -> Iterator[None]:
+  """One thread for few rows: for those, many threads mostly wait for each other."""
+  before = faiss.omp_get_max_threads()
+  faiss.omp_set_num_threads(1 if rows < _MANY else before)
+  try:
+    yield
+  finally:
+    faiss.omp_set_num_threads(before)
+
+
 def near_hashes(
   frames: Sequence[np.ndarray], radius: int, exact_up_to: int
 ) -> Iterator[tuple[int, int]]:
@@ -146,12 +159,14 @@ def near_hashes(
     cells = faiss.IndexBinaryFlat(BITS)
     index = faiss.IndexBinaryIVF(cells, BITS, int(np.sqrt(len(rows))))
     index.nprobe = 8
-    index.train(rows)
-  index.add(rows)
+    with faiss_threads(0):  # sums over threads would depend on how many there are
+      index.train(rows)
   seen = set()
-  # Results are a set of pairs of all rows within the radius, whatever the number of threads.
+  with faiss_threads(len(rows)):
+    index.add(rows)
   for start in range(0, len(rows), 4096):
-    limits, _, hits = index.range_search(rows[start : start + 4096], radius + 1)
+    with faiss_threads(len(rows)):
+      limits, _, hits = index.range_search(rows[start : start + 4096], radius + 1)
     first = np.repeat(owner[start : start + 4096], np.diff(limits.astype(np.int64)))
     second = owner[hits]
     forward = first < second
@@ -170,12 +185,15 @@ def near_vectors(
     lists = int(np.sqrt(len(vectors)))
     index = faiss.IndexIVFFlat(cells, vectors.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
     index.nprobe = 8
-    index.train(vectors)
-  index.add(vectors)
+    with faiss_threads(0):
+      index.train(vectors)
+  with faiss_threads(len(vectors)):
+    index.add(vectors)
   found = []
   for start in range(0, len(vectors), 4096):
     part = vectors[start : start + 4096]
-    limits, _, hits = index.range_search(part, floor - 1e-3)
+    with faiss_threads(len(vectors)):
+      limits, _, hits = index.range_search(part, floor - 1e-3)
     first = np.repeat(np.arange(start, start + len(part)), np.diff(limits.astype(np.int64)))
     forward = first < hits
     found += zip(first[forward].tolist(), hits[forward].tolist(), strict=True)
