@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from data_pipelines.curate.stage import Frame, FrameStage, Row, Rule, threshold
 
-_WIDTH = 480
+_WIDTH = 320
 _FLAT = 3.0  # grey levels within a bar
 _STILL = 12.0  # over time
 _EDGE = 3.0  # grey levels between a bar and the picture
