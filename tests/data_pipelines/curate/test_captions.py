@@ -19,7 +19,7 @@ from tests.data_pipelines.curate.test_looks import show
 
 CLIP = {
   "source_id": "ab" * 32, "copy": 0, "path": "day 1/a.mp4", "start_pts": 0, "end_pts": 5,
-  "source_caption": "a dog", "fps": 24.0,
+  "source_caption": "a dog",
 }  # fmt: skip
 
 
