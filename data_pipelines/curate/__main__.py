@@ -13,9 +13,16 @@ can be set by a flag, like --config.text.max_score=0.5; a threshold only costs a
   --engine=beam --engine_options=--runner=DataflowRunner,--project=p on Beam's runners
 """
 
+# ruff: noqa: E402 (what is missing is said before it is imported)
+import importlib.util
 import sys
 import time
 from collections.abc import Sequence
+
+_MISSING = [name for name in ("cv2", "duckdb", "faiss", "pdqhash", "pyarrow", "rapidocr")
+            if importlib.util.find_spec(name) is None]  # fmt: skip
+if _MISSING:
+  sys.exit(f'curation needs the packages {", ".join(_MISSING)}: pip install "mgen_jax[curate]".')
 
 from absl import flags
 from ml_collections import config_flags

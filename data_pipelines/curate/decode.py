@@ -34,9 +34,10 @@ from mgen_jax.data.media_write import EXACT, reformatter
 from mgen_jax.errors import UserError
 
 # Luma of these is their first plane, 8 bits a sample.
-_PLANAR = frozenset(
-  f"yuv{kind}{chroma}p" for kind in ("", "j", "a") for chroma in ("410", "411", "420", "422", "440", "444")
-) | {"gray", "nv12", "nv21"}  # fmt: skip
+_CHROMA = ("410", "411", "420", "422", "440", "444")
+_PLANAR = frozenset(f"yuv{kind}{chroma}p" for kind in ("", "j", "a") for chroma in _CHROMA) | {
+  *("gray", "nv12", "nv21")
+}
 _POLL = 0.2  # seconds between two looks at a child's memory
 
 
@@ -163,6 +164,7 @@ def explain(error: Exception, path: str) -> DecodeError:
   code = "damaged"
   for words, name in (
     ("no video track", "no_video"),
+    ("no decoder", "no_video"),
     ("cannot be opened", "not_media"),
     ("truncated", "truncated"),
   ):
@@ -180,11 +182,9 @@ def open_checked(path: str, limits: Limits):
 def check_stream(container, stream, path: str, limits: Limits) -> float:
   """Refuses what the header says; returns its duration in seconds.
 
-  Raises DecodeError: no_video (no decoder), too_large, too_long; MediaError if truncated.
+  Raises DecodeError: too_large, too_long; MediaError if truncated.
   """
   context = stream.codec_context
-  if context is None:
-    raise DecodeError("no_video", f"{path}: there is no decoder for its video track.")
   if context.width * context.height > limits.pixels:
     raise DecodeError(
       "too_large",
@@ -245,7 +245,9 @@ def decode_frames(
           yield time, pts, Forms(frame, aspect)
       if time is None:
         raise DecodeError("damaged", f"{path} has no frame that can be decoded.")
-      if duration - time > 2 * step + max(0.5, 0.02 * duration):
+      # Without a length of its own, a stream may end well before the sound does.
+      slack = 0.1 if stream.duration else max(0.5, 0.02 * duration)
+      if duration - time > 2 * step + slack:
         raise DecodeError(
           "truncated",
           f"{path} ends at {time:.2f} s, its header says {duration:.2f} s; copy it again.",
@@ -276,7 +278,9 @@ def _serve(connection, limits: Limits) -> None:
     except DecodeError as error:
       answer = ("file", (error.code, str(error)))
     except MemoryError:
-      answer = ("file", ("out_of_memory", "A file needs more memory than it may."))
+      _limit_memory(None)  # to be able to say so
+      connection.send(("file", ("out_of_memory", "A file needs more memory than it may.")))
+      return
     except UserError as error:  # of a setting or another file: a model, a text
       answer = ("user", str(error))
     except Exception:
@@ -285,13 +289,17 @@ def _serve(connection, limits: Limits) -> None:
     connection.send(answer)
 
 
-def _limit_memory(memory: int) -> None:
-  """Makes allocations beyond it fail, where the system can; the parent watches it besides."""
+def _limit_memory(memory: int | None) -> None:
+  """Makes allocations beyond it fail, where the system can; the parent watches it besides.
+
+  None takes the limit back.
+  """
   try:
     import resource
   except ImportError:  # not on Windows
     return
-  resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+  most = resource.getrlimit(resource.RLIMIT_DATA)[1]
+  resource.setrlimit(resource.RLIMIT_DATA, (most if memory is None else memory, most))
 
 
 class Guard:
@@ -351,6 +359,8 @@ class Guard:
       self.close()
       raise DecodeError("crashed", f"A file ended its decoder (exit {exit_code}).") from error
     if kind == "file":
+      if result[0] == "out_of_memory":  # it may not have let go of all
+        self.close()
       raise DecodeError(*result)
     if kind == "user":
       raise UserError(result)

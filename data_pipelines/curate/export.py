@@ -88,7 +88,8 @@ def export(
     clips = tuple(due.get(partition, ()))
     inputs = hashlib.sha256(json.dumps([version, clips]).encode()).hexdigest()
     commit = run.store.commit_of(_STAGE, version, partition)
-    if (commit is None and clips) or (commit is not None and commit.inputs != inputs):
+    done = commit is not None and commit.inputs == inputs and _are_there(run, version, partition)
+    if not done and (clips or commit is not None):
       root, videos = str(run.store.root.resolve()), str(run.input_root)
       tasks.append(Task(root, videos, partition, version, inputs, clips, config, limits))
   if progress:
@@ -97,6 +98,15 @@ def export(
     if progress:
       progress("cutting clips", number, len(tasks))
   return _finish(run, kept, version)
+
+
+def _are_there(run: Run, version: str, partition: int) -> bool:
+  """Whether the files of a committed partition have the sizes that they were written with."""
+  folder = run.store.root / FOLDER
+  rows = store.rows_of(run.store.read(_STAGE, version, partition), ("file", "file_bytes"))
+  sizes = {row["file"]: row["file_bytes"] for row in rows if row["file"]}
+  paths = {file: folder / file for file in sizes}
+  return all(paths[f].is_file() and paths[f].stat().st_size == sizes[f] for f in sizes)
 
 
 def _version(config: ExportConfig) -> str:

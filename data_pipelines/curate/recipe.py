@@ -129,6 +129,29 @@ class Recipe:
     return versions
 
   @functools.cached_property
+  def dear(self) -> tuple[str, ...]:
+    """The gated stages, and those that read from them: they have nothing to read without."""
+    dear: list[str] = []
+    columns: set[str] = set()
+    for stage in self.stages:
+      if stage.name in self.gated or columns & set(stage.needs):
+        dear.append(stage.name)
+        columns |= set(stage.columns)
+    return tuple(dear)
+
+  @functools.cached_property
+  def from_beside(self) -> tuple[str, ...]:
+    """Stages that read what stages read from files beside the videos: their old rows are only good
+    for the same values."""
+    columns = {column for stage in self.stages if stage.beside for column in stage.columns}
+    found: list[str] = []
+    for stage in self.stages:
+      if columns & set(stage.needs):
+        found.append(stage.name)
+        columns |= set(stage.columns)
+    return tuple(found)
+
+  @functools.cached_property
   def phases(self) -> tuple[tuple[Stage, ...], ...]:
     """Runs of stages of one kind: by partition (sources and clips), or over the whole table."""
     phases: list[list[Stage]] = []

@@ -228,14 +228,14 @@ def _inputs(run: Run, listed: pa.Table, phase: int) -> dict[int, str]:
   gates = [
     [stage.name, [dataclasses.astuple(rule) for _, rule in recipe.rules(before=stage.name)]]
     for stage in stages
-    if stage.name in recipe.gated
+    if stage.name in recipe.dear
   ]
   if recipe.gate_sources:
     of_sources = [s for s in recipe.stages if recipe.levels[s.name] == "source"]
     gates.append(["", [dataclasses.astuple(rule) for s in of_sources for rule in s.rules()]])
   versions = [[stage.name, recipe.versions[stage.name]] for stage in stages]
   keys: dict[int, list] = {partition: [] for partition in range(recipe.partitions)}
-  columns = listed.select(["partition", "source_id", "copy", "listed_error"]).to_pydict()
+  columns = listed.select(["partition", "source_id", "copy", "listed_error", "beside"]).to_pydict()
   for partition, *key in zip(*columns.values(), strict=True):
     keys[partition].append(key)
   found = {}

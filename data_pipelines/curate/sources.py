@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from data_pipelines.curate.recipe import SOURCE_COLUMNS
 from data_pipelines.curate.store import read_table, rows_of, table_of, write_table
 from mgen_jax.data.files import sha256_file
+from mgen_jax.data.ingest import CAPTIONS_NAME
 from mgen_jax.data.media import IMAGE_SUFFIXES
 from mgen_jax.errors import UserError
 
@@ -35,6 +36,7 @@ _TYPES = SOURCE_COLUMNS | {
   "partition": pa.int32(),
   "mtime_ns": pa.int64(),
   "listed_error": pa.string(),
+  "beside": pa.string(),
 }
 
 
@@ -89,7 +91,7 @@ def update(
 
   Columns: source_id (SHA-256 of the bytes), copy, path (relative to the input), bytes, partition,
   mtime_ns, listed_error (a key of `REASONS` for a file that is not touched; its id is then the hash
-  of its path).
+  of its path), beside (sizes and times of the texts that may hold its caption).
   """
   path = store_root / NAME
   known: dict[str, Mapping[str, Any]] = {}
@@ -131,11 +133,21 @@ def _look(root: Path, name: str, known: Mapping[str, Any] | None) -> dict[str, A
       return row | _unusable(name, "linked_outside")
     stat = (root / name).stat()
     row |= {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "listed_error": None}
+    row["beside"] = _texts_beside(root / name)
     if known and all(known[key] == row[key] for key in ("bytes", "mtime_ns", "listed_error")):
       return row | {"source_id": known["source_id"]}
     return row | {"source_id": sha256_file(root / name)}
   except (OSError, RuntimeError):  # gone, not readable, or a link in a circle
     return row | _unusable(name, "cannot_open")
+
+
+def _texts_beside(path: Path) -> str:
+  found = []
+  for text in (path.with_suffix(".txt"), path.parent / CAPTIONS_NAME):
+    if text.is_file():
+      stat = text.stat()
+      found.append(f"{text.suffix} {stat.st_size} {stat.st_mtime_ns}")
+  return "; ".join(found)
 
 
 def _unusable(name: str, code: str) -> dict[str, Any]:

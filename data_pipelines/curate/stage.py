@@ -72,12 +72,14 @@ class Stage:
     code: raised whenever equal settings give other scores.
     columns: what it writes, unique over all stages.
     needs: columns of earlier stages that it reads.
+    beside: it reads files beside the video, which may change when the video does not.
   """
 
   name: ClassVar[str] = ""
   code: ClassVar[int] = 1
   columns: ClassVar[Mapping[str, pa.DataType]] = {}
   needs: ClassVar[tuple[str, ...]] = ()
+  beside: ClassVar[bool] = False
 
   def rules(self) -> tuple[Rule, ...]:
     """What a clip must meet, from this stage's thresholds."""
@@ -209,6 +211,10 @@ class FrameStage(Stage):
   rate: ClassVar[float | None] = None
   live: ClassVar[bool] = False
   native: ClassVar[bool] = False
+
+  def needs_frames(self) -> bool:
+    """Whether, with these settings, an observer must see frames before it is asked for scores."""
+    return True
 
   def observer(self, row: Row) -> Observer:
     """A new observer; `row` holds the scores so far (width, height, fps, duration, start, end)."""

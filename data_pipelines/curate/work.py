@@ -9,6 +9,8 @@ rows are sorted, so any number of workers writes the same bytes. Not here: which
 import atexit
 import collections
 import dataclasses
+import hashlib
+import json
 import os
 import time
 import uuid
@@ -93,7 +95,7 @@ class _Unit:
     self.gates = {
       stage.name: tuple(rule for _, rule in self.recipe.rules(before=stage.name))
       for stage in self.stages
-      if stage.name in self.recipe.gated
+      if stage.name in self.recipe.dear
     }
     self.old = {stage.name: self._load(stage) for stage in self.stages}
     self.rows: dict[str, list[Row]] = {stage.name: [] for stage in self.stages}
@@ -130,7 +132,8 @@ class _Unit:
       self._decode(row, path, on_frames)
 
   def _score_source(self, stage: Stage, row: Row, path: str, listed_error: str | None) -> Row:
-    self.new_sources.add(_source_key(row))
+    if not stage.beside:
+      self.new_sources.add(_source_key(row))
     if listed_error:
       return {"error_code": listed_error, "error": sources.REASONS[listed_error]}
     if isinstance(stage, SourceStage):
@@ -158,7 +161,7 @@ class _Unit:
     split = self.recipe.split
     known = self.old[split.name].get(_source_key(row))
     if known is None:
-      observed = [stage for stage in self.at_clips if isinstance(stage, FrameStage)]
+      observed = [s for s in self.at_clips if isinstance(s, FrameStage) and s.needs_frames()]
       watched = self._watch(row, path, on_frames, split, None, observed)
       if isinstance(watched, dict):
         self._add(split, row | {"clip_id": None}, watched)
@@ -223,6 +226,9 @@ class _Unit:
       if not isinstance(stage, FrameStage):
         self._add(stage, clip, self._timed(stage, clip))
         continue
+      if not stage.needs_frames():
+        self._add(stage, clip, stage.observer(clip).scores())
+        continue
       if not set(stage.columns) <= set(seen):
         seen |= self._look_again(clip, path, seen)
       self._add(stage, clip, seen)
@@ -233,7 +239,8 @@ class _Unit:
       stage
       for stage in self.at_clips
       if isinstance(stage, FrameStage)
-      and clip["clip_id"] not in self.old[stage.name]
+      and stage.needs_frames()
+      and not self._is_known(stage, clip)
       and not set(stage.columns) <= set(clip) | set(seen)
       and self._passes_gate(stage, clip)
     ]
@@ -260,17 +267,27 @@ class _Unit:
     """Keeps the old row of a source or clip, adds its columns to `row`; whether there is one."""
     key = row.get("clip_id") if stage in self.at_clips else _source_key(row)
     old = self.old[stage.name].get(key)
-    if old is None:
+    if old is None or stage.beside:
+      return False
+    if stage.name in self.recipe.from_beside and old[0]["made_from"] != _made_from(stage, row):
       return False
     self.rows[stage.name] += old
     row |= {name: old[0][name] for name in stage.columns}
     return True
 
+  def _is_known(self, stage: Stage, clip: Row) -> bool:
+    old = self.old[stage.name].get(clip["clip_id"])
+    depends = stage.name in self.recipe.from_beside
+    return old is not None and (not depends or old[0]["made_from"] == _made_from(stage, clip))
+
   def _add(self, stage: Stage, row: Row, values: Mapping[str, Any]) -> None:
     """Adds a row of the stage, and its columns to `row`."""
     keys = {name: row[name] for name in CLIP_KEYS if name in row}
     scores = {name: values.get(name) for name in stage.columns}
-    self.rows[stage.name].append(keys | scores | {name: values.get(name) or None for name in FAULT})
+    fault = {name: values.get(name) or None for name in FAULT}
+    if stage.name in self.recipe.from_beside:
+      fault["made_from"] = _made_from(stage, row)
+    self.rows[stage.name].append(keys | scores | fault)
     row |= scores
 
   def _fault(self, stage: Stage, row: Row) -> bool:
@@ -314,7 +331,8 @@ class _Unit:
 def part_types(recipe: Recipe, stage: Stage) -> dict[str, pa.DataType]:
   """The columns of a stage's parts: keys, scores, and why there are none."""
   keys = SOURCE_KEYS if recipe.levels[stage.name] == "source" else CLIP_KEYS
-  return keys | dict(stage.columns) | FAULT
+  made_from = {"made_from": pa.string()} if stage.name in recipe.from_beside else {}
+  return keys | dict(stage.columns) | FAULT | made_from
 
 
 def clip_rows(store: Store, recipe: Recipe, partition: int, phase: int) -> list[Row]:
@@ -350,6 +368,12 @@ def _score_file(stage: SourceStage, path: str) -> tuple[Row, float]:
 
 def _fault_of(error: decode.DecodeError, row: Row) -> Row:
   return {"error_code": error.code, "error": f"{row['path']}: {error}"}
+
+
+def _made_from(stage: Stage, row: Mapping[str, Any]) -> str:
+  """Digest of what a stage reads of a row."""
+  values = [[need, row.get(need)] for need in stage.needs]
+  return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]
 
 
 def _source_key(row: Mapping[str, Any]) -> tuple[str, int]:

@@ -252,7 +252,8 @@ def open_media(source, **options: str) -> Iterator[av.container.InputContainer]:
   name = _name(source)
   file = io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
   try:
-    container = av.open(file, options={"format_whitelist": _FORMATS, **options})
+    options = {"format_whitelist": _FORMATS, **options}
+    container = av.open(file, metadata_errors="replace", options=options)
   except (av.FFmpegError, OSError) as error:
     reason = error.strerror or "not a media file"
     raise MediaError(f"{name} cannot be opened ({reason}); replace or remove it.") from error
@@ -279,10 +280,12 @@ def _name(source) -> str:
 
 
 def video_stream(container, name):
-  """The first video stream, to be decoded by one thread. Raises MediaError if there is none."""
+  """The first video stream, to be decoded by one thread. Raises MediaError without one."""
   if not container.streams.video:
     raise MediaError(f"{name} holds no video track; replace or remove it.")
   stream = container.streams.video[0]
+  if stream.codec_context is None:
+    raise MediaError(f"{name}: there is no decoder for its video track; re-encode or remove it.")
   # Many files at once keep the cores busier than many threads on a file.
   stream.codec_context.thread_count = 1
   return stream

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from data_pipelines.curate.stage import Frame, FrameStage, Row, Rule, threshold
 
-_WIDTH = 480
+_WIDTH = 320
 _FLAT = 3.0  # grey levels within a bar
 _STILL = 12.0  # over time
 _EDGE = 3.0  # grey levels between a bar and the picture
@@ -138,7 +138,9 @@ def _flat_bar(mean, change, lines, least) -> int:
   # Where the picture begins: lossy coding smears the edge over a few rows.
   inside = mean[min(depth + 2, len(mean) - 1)]
   outside = mean[max(depth - 2, 0)]
-  straight = np.mean(abs(inside - outside) >= _EDGE) >= _ALONG
+  # Bars on the other two sides have no edge here.
+  filled = (abs(mean - level) > _FLAT).any(axis=0)
+  straight = filled.mean() >= 0.5 and np.mean(abs(inside - outside)[filled] >= _EDGE) >= _ALONG
   return depth if straight and lines[depth - 2 : depth + 3].any() else 0
 
 

@@ -1,14 +1,15 @@
 """How the camera moves: one of Movie Gen's 16 classes, and how sure that is.
 
-By default geometry decides: corners are tracked over two fifths of a second, a similarity transform is
-fitted to those that agree, and the transforms of a clip are summed up. That tells pan, tilt, zoom,
-static and handheld. It cannot tell pan from truck, tilt from pedestal, zoom from push, nor see arc
-and tracking shots: these need depth. A trained classifier of all 16 can be given as an ONNX file.
+By default geometry decides: corners are tracked over two fifths of a second, a similarity transform
+is fitted to those that agree, and the transforms of a clip are summed up. That tells pan, tilt,
+zoom, static and handheld. It cannot tell pan from truck, tilt from pedestal, zoom from push, nor
+see arc and tracking shots: these need depth. A trained classifier of all 16 can be given as ONNX.
 """
 
 import dataclasses
 import functools
 import math
+from pathlib import Path
 from typing import Any, ClassVar
 
 import cv2
@@ -66,7 +67,7 @@ class Camera(FrameStage):
     if not self.model:
       return "similarity"
     try:
-      return f"onnx {sha256_file(self.model)[:12]}"
+      return f"onnx {sha256_file(Path(self.model))[:12]}"
     except OSError as error:
       raise UserError(f"camera.model={self.model} cannot be read ({error.strerror}).") from error
 
@@ -135,9 +136,9 @@ def _movement(before: np.ndarray, after: np.ndarray) -> _Step | None:
 
 
 def _corners(luma: np.ndarray) -> np.ndarray:
-  """float32 [N, 1, 2]: the best corner of each cell, so that things do not outnumber what is behind.
+  """float32 [N, 1, 2]: the best corner of each cell, none of cells without texture.
 
-  Cells without texture give none.
+  So things do not outnumber what is behind them.
   """
   strength = cv2.cornerMinEigenVal(luma, 5)
   height, width = luma.shape

@@ -71,6 +71,9 @@ class Captions(stage.FrameStage):
       return self.first, self.second
     return self.second, self.first
 
+  def needs_frames(self) -> bool:
+    return any(each is not None and each.kind == "server" for each in (self.first, self.second))
+
   def observer(self, row: stage.Row) -> "Observer":
     return Observer(self, row)
 

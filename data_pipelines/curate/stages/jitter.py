@@ -1,8 +1,8 @@
 """Shaking: how far the whole picture jumps against its own movement, from frame to frame.
 
-The paper's proxy, shots a second, is in `scan`; it sees a shaking camera only where frames differ as
-cuts do. Here the shift of the whole picture is measured by phase correlation of small pictures. A
-camera that moves shifts it alike from frame to frame; what changes of the shift is shake.
+The paper's proxy, shots a second, is in `scan`; it sees a shaking camera only where frames differ
+as cuts do. Here the shift of the whole picture is measured by phase correlation of small pictures.
+A camera that moves shifts it alike from frame to frame; what changes of the shift is shake.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import pyarrow as pa
 from data_pipelines.curate.stage import Frame, FrameStage, Row, Rule, threshold
 
 _WIDTH = 64
-_SURE = 0.2  # response of a correlation that counts
+_SURE = 0.1  # response of a correlation that counts
 _SAME = 4.0  # grey levels
 _LOST = 0.2  # short sides: a jump that correlation cannot follow is at least so large
 
@@ -34,7 +34,7 @@ class Jitter(FrameStage):
   columns: ClassVar[dict[str, pa.DataType]] = {"shake": pa.float64()}
 
   looks: float = 3.0
-  max_shake: float = threshold(0.06)
+  max_shake: float = threshold(0.1)
 
   def rules(self) -> tuple[Rule, ...]:
     return (Rule("shake", "shaking", "jitter", at_most=self.max_shake),)

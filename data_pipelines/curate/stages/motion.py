@@ -99,7 +99,7 @@ def blur(luma: np.ndarray) -> np.ndarray:
     luma, cv2.CV_16S, _KERNEL * 8, _KERNEL * 16, borderType=cv2.BORDER_REFLECT_101
   )
   # OpenCV knows one border for all sides. The far ones once more, where they weigh in the mean.
-  if 8 < min(luma.shape) and luma.size < _LARGE:
+  if min(luma.shape) > 8 and luma.size < _LARGE:
     for part, far in (
       (luma[:, -8:], np.s_[:, -2:]),
       (luma[-8:, :], np.s_[-2:, :]),

@@ -6,13 +6,13 @@ shows in the pass over the frames (`decode`).
 
 import dataclasses
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
 import av
 import pyarrow as pa
 
+from data_pipelines.curate.containers import declared
 from data_pipelines.curate.decode import (
   DecodeError,
   Limits,
@@ -143,13 +143,24 @@ def _check_file(path: str, limits: Limits) -> None:
   if Path(path).suffix.lower() not in VIDEO_SUFFIXES:
     raise DecodeError("wrong_extension", f"{path} has not the suffix of a video.")
   with open(path, "rb") as file:
-    for width, height in _declared_sizes(file):
-      if width * height > limits.pixels:
-        raise DecodeError(
-          "too_large",
-          f"{path} says that its frames are {width} x {height} pixels; at most"
-          f" {limits.pixels:,} pixels are read.",
-        )
+    header = declared(file)
+  if header.pixels > limits.pixels:
+    raise DecodeError(
+      "too_large",
+      f"{path} says that its frames have {header.pixels:,} pixels; at most {limits.pixels:,} are"
+      " read.",
+    )
+  if header.seconds > limits.duration:
+    raise DecodeError(
+      "too_long",
+      f"{path} says that it lasts {header.seconds:.0f} s; at most {limits.duration:.0f} s are"
+      " read.",
+    )
+  if header.size > os.path.getsize(path):
+    raise DecodeError(
+      "truncated",
+      f"{path} is truncated (it says that it has {header.size} bytes); copy it again.",
+    )
 
 
 def _check_suffix(path: str, container: str) -> None:
@@ -159,43 +170,3 @@ def _check_suffix(path: str, container: str) -> None:
       "wrong_extension",
       f"{path} is called {suffix} but holds {container.split(',')[0]}; rename it.",
     )
-
-
-def _declared_sizes(file: BinaryIO) -> Iterator[tuple[int, int]]:
-  """(width, height) of the sample entries of an MP4's video tracks; none of other files.
-
-  FFmpeg prefers what the coded stream says, so only here does it show that the header lies.
-  """
-  path = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd")
-  size = file.seek(0, os.SEEK_END)
-  yield from _boxes(file, 0, size, path)
-
-
-def _boxes(file, start, end, path) -> Iterator[tuple[int, int]]:
-  while start + 8 <= end:
-    file.seek(start)
-    head = file.read(16)
-    if len(head) < 8:
-      return
-    size, kind, body = int.from_bytes(head[:4], "big"), head[4:8], start + 8
-    if size == 1 and len(head) == 16:
-      size, body = int.from_bytes(head[8:], "big"), start + 16
-    size = size or end - start
-    if size < 8:
-      return
-    if kind == path[0]:
-      stop = min(start + size, end)
-      if len(path) > 1:
-        yield from _boxes(file, body, stop, path[1:])
-      else:
-        yield from _entries(file, body, stop)
-    start += size
-
-
-def _entries(file, start, end) -> Iterator[tuple[int, int]]:
-  """Of a sample description: 8 bytes of version and count, then one visual entry a codec."""
-  file.seek(start + 8)
-  entry = file.read(36)
-  visual = {b"avc1", b"avc3", b"hvc1", b"hev1", b"mp4v", b"vp09", b"av01", b"jpeg", b"ap4h"}
-  if start + 44 <= end and len(entry) == 36 and entry[4:8] in visual:
-    yield int.from_bytes(entry[32:34], "big"), int.from_bytes(entry[34:36], "big")

@@ -1,9 +1,10 @@
 """Where a source's scenes begin: FFmpeg's scene score, cuts that stand out, and no flashes.
 
 The score of a frame is that of FFmpeg's `select` filter: the mean difference of luma to the frame
-before, or how much that changed from one frame to the next if it is less. Above 0.3 it is a cut, as
-the paper has it. Cuts between two scenes alike in brightness stay below; they are found by standing
-out among their neighbours. Slow transitions (dissolves, wipes) are not found: that takes a model.
+before, in hundreds of grey levels, or how much that changed since if it is less. Above 0.3 it is a
+cut, as the paper has it. Cuts between scenes alike in brightness stay below; they are found by
+standing out among their neighbours. Slow transitions (dissolves, wipes) are not found: that takes a
+model.
 """
 
 import collections
@@ -43,7 +44,7 @@ class Scan(FrameStage):
   }
 
   cut: float = 0.3
-  small_cut: float = 0.06
+  small_cut: float = 0.15
   stands_out: float = 4.0
   shots: float = threshold(0.85)
 
@@ -64,7 +65,7 @@ class _Moment:
   index: int
   time: float
   score: float  # FFmpeg's
-  change: float  # mean difference of luma to the frame before, 0 to 1
+  change: float  # mean difference of luma to the frame before, in hundreds of levels
   frame: Frame
 
   @property
@@ -96,7 +97,7 @@ class SceneObserver:
       if self._luma is not None:  # another size in mid-stream
         change = score = 1.0
     else:
-      change = cv2.norm(luma, self._luma, cv2.NORM_L1) / luma.size / 256
+      change = min(1.0, cv2.norm(luma, self._luma, cv2.NORM_L1) / (luma.size * 100))
       before = self._recent[-1].change
       score = min(change, abs(change - before))
     self._luma = luma

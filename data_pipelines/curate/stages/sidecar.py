@@ -25,6 +25,7 @@ class Sidecar(stage.SourceStage):
   """Text that is no UTF-8 is a fault of the file that holds it: the run says so and stops."""
 
   name = "sidecar"
+  beside = True
   columns = {"source_caption": pa.string()}  # "" if there is none
 
   file: str = ""  # path of a captions.jsonl for all sources; "file" names the end of their paths

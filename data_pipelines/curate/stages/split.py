@@ -1,4 +1,4 @@
-"""Which clips a source gives: the head is cut off, each scene is laid out in windows, the best stay.
+"""Which clips a source gives: no head, windows laid out in each scene, and of them the best.
 
 A scene's windows follow one another from its start, each as long as a clip may be, the last as long
 as what is left. So a clip's bounds depend on nothing that comes after it, and clips can be observed
@@ -8,6 +8,7 @@ first few: full windows before shorter ones, and among equals by a hash of seed,
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -90,7 +91,7 @@ class Split(SplitStage):
 
   def _windows(self, source: Row) -> Iterator[_Window]:
     edges = [0.0, *source["cuts"], source[self.end_column]]
-    for scene, (begin, end) in enumerate(zip(edges, edges[1:], strict=False)):
+    for scene, (begin, end) in enumerate(itertools.pairwise(edges)):
       start = self.first_start(begin)
       while start < end:
         stop = min(self.window_end(start), end)

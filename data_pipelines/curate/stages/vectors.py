@@ -1,11 +1,13 @@
 """Motion vectors: how far blocks of the picture move from frame to frame, in pixels.
 
 By default FFmpeg's `mestimate` looks for them in frames of one width, a few pairs a second: what an
-encoder stored depends on its presets by a factor of three, and most codecs store none. The stored
-ones are to be had by option (`source="native"`: H.264, MPEG-4 and MPEG-2).
+encoder stored depends on its presets by a factor of three (it may point to frames further away),
+and most codecs store none. The stored ones are to be had by option (`source="native"`: H.264,
+MPEG-4 and MPEG-2).
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
@@ -119,7 +121,7 @@ def estimate(first: av.VideoFrame, second: av.VideoFrame, width: int) -> tuple[f
     graph.add("mestimate", "method=epzs:mb_size=16:search_param=7"),
     graph.add("buffersink"),
   ]
-  for one, other in zip(chain, chain[1:], strict=False):
+  for one, other in itertools.pairwise(chain):
     one.link_to(other)
   graph.configure()
   # The filter looks back and ahead: pushed twice, the second frame comes out beside the first.

@@ -159,10 +159,41 @@ class Words(RowStage):
     return {"caption": f"light {row['light']:.1f} of kind {row['twin']}"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Note(SourceStage):
+  """The text beside the video."""
+
+  name: ClassVar[str] = "note"
+  beside: ClassVar[bool] = True
+  columns: ClassVar[dict] = {"note": pa.string()}
+
+  def score(self, path: str) -> dict[str, Any]:
+    text = Path(path).with_suffix(".txt")
+    return {"note": text.read_text() if text.exists() else ""}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shout(RowStage):
+  """Reads what a gated stage wrote."""
+
+  name: ClassVar[str] = "shout"
+  columns: ClassVar[dict] = {"shout": pa.string()}
+  needs: ClassVar[tuple] = ("caption", "note")
+
+  def score(self, row) -> dict[str, Any]:
+    return {"shout": row["caption"].upper() + row["note"]}
+
+
 def recipe(**changes: Any) -> Recipe:
   """The stages above; `light=Light(...)` and so on replace one."""
-  stages = {"header": Header(), "halves": Halves(), "light": Light(), "dear": Dear()}
-  stages |= {"twins": Twins(), "words": Words()}
+  stages = {
+    "header": Header(),
+    "note": Note(),
+    "halves": Halves(),
+    "light": Light(),
+    "dear": Dear(),
+  }
+  stages |= {"twins": Twins(), "words": Words(), "shout": Shout()}
   fields = {"seed": 0, "partitions": 8, "gated": ("dear", "words")}
   for key in list(changes):
     (stages if key in stages else fields)[key] = changes[key]

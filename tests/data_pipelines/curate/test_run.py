@@ -74,6 +74,7 @@ def test_every_file_is_kept_or_rejected_with_a_reason(first):
   assert twins and all(row["caption"] is None for row in twins)
   kept = [row for row in rows if row["keep"]]
   assert kept and all(row["caption"].startswith("light") for row in kept)
+  assert all(row["shout"] == (row["caption"] and row["caption"].upper()) for row in rows)
   assert len({row["twin"] for row in kept}) == len(kept)
   assert all(row["frames_seen"] == 4 for row in rows if row["clip_id"])
 
@@ -114,6 +115,7 @@ def test_a_looser_threshold_names_what_was_not_scored_and_a_run_scores_it(first,
   _, totals, again = curate(looser, videos, out)
   assert totals["clips"] >= len(dark)
   assert select.NOT_SCORED not in again["first_fail"].to_pylist()
+  assert all(row["shout"] for row in again.to_pylist() if row["keep"])
   light = {r["clip_id"]: r["light"] for r in table.to_pylist()}
   assert {r["clip_id"]: r["light"] for r in again.to_pylist()} == light
 
@@ -132,11 +134,26 @@ def test_new_files_are_the_only_ones_that_are_scored(videos, tmp_path):
   assert table.equals(fresh)  # history leaves no trace
 
 
+def test_a_text_that_came_later_is_read(tmp_path):
+  videos = small.write_videos(tmp_path / "videos", 3)
+  _, _, before = curate(small.recipe(), videos, tmp_path / "out")
+  assert all(row["shout"].startswith("LIGHT") for row in before.to_pylist() if row["keep"])
+  (videos / "clip000.txt").write_text("!!")
+  _, totals, after = curate(small.recipe(), videos, tmp_path / "out")
+  assert totals["units"] > 0
+  changed = [r for r in after.to_pylist() if r["keep"] and r["shout"].endswith("!!")]
+  assert {row["path"] for row in changed} == {"clip000.mp4"}
+  same = [r for r in before.to_pylist() if r["path"] != "clip000.mp4"]
+  assert same == [r for r in after.to_pylist() if r["path"] != "clip000.mp4"]
+  _, totals, _ = curate(small.recipe(), videos, tmp_path / "out")
+  assert totals["units"] == 0
+
+
 def test_another_setting_scores_that_stage_and_what_reads_it(first, videos, tmp_path):
   run, _, _ = first
   other = small.recipe(light=small.Light(gain=2.0))
   same = {name for name in run.recipe.versions if run.recipe.versions[name] == other.versions[name]}
-  assert same == {"header", "halves", "dear"}
+  assert same == {"header", "note", "halves", "dear"}
   out = tmp_path / "out"
   curate(small.recipe(), videos, out)
   before = files(out)
@@ -237,9 +254,10 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(videos, tmp_pa
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
-  with running.only_one(tmp_path), pytest.raises(UserError, match="another curation"):
-    with running.only_one(tmp_path):
-      pass
+  with running.only_one(tmp_path):
+    second = running.only_one(tmp_path)
+    with pytest.raises(UserError, match="another curation"):
+      second.__enter__()
 
 
 def test_a_full_disk_leaves_nothing_half_written(videos, tmp_path, monkeypatch):
