@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytest.importorskip("cv2", reason="needs the extra: pip install mgen_jax[curate]")
+
 from data_pipelines.curate import captioners
 from data_pipelines.curate.captioners import CaptionerConfig
 from data_pipelines.curate.stages import captions, sidecar

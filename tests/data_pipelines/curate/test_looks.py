@@ -1,9 +1,14 @@
 """Stages that look at a few frames: text, looks, embeddings; and networks from files."""
 
-import cv2
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+
+pytest.importorskip("cv2", reason="needs the extra: pip install mgen_jax[curate]")
+pytest.importorskip("onnxruntime", reason="needs the extra: pip install mgen_jax[curate]")
+pytest.importorskip("rapidocr", reason="needs the extra: pip install mgen_jax[curate]")
+
+import cv2
 
 from data_pipelines.curate import models, stage
 from data_pipelines.curate.recipe import passes
