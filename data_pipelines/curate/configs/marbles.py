@@ -21,11 +21,11 @@ def get_config():
     split={"head": 0.0, "shortest": 3.0, "min_seconds": 3.0},
     # Few and small objects before plain grounds.
     motion={"min_at_30": 0.1},
-    vectors={"low": 0.05, "high": 30.0},
+    vectors={"low": 0.02, "high": 30.0},
     aesthetics={"min_score": 3.5},
-    # One frame shows an overlay of a whole clip; small words are found less surely, and two shapes
-    # side by side are read as two signs.
-    text={"frames": 1, "side": 320, "least_letters": 3, "max_score": 0.45},
+    # Small words are found less surely, and shapes that meet are read as signs: only what stays in
+    # its place is text.
+    text={"frames": 2, "steady": 2, "side": 320, "max_score": 0.45},
     # Of plain areas PDQ's finer bits are noise; unrelated scenes differ in 0.40 of them and more.
     copies={"floor": 0.62, "grouped_at": 0.67, "max_similarity": 0.67},
     concepts={"keep": 1.0},

@@ -22,7 +22,7 @@ class Aspect(stage.RowStage):
   columns = {"aspect": pa.float64()}
   needs = ("width", "height")
 
-  min_aspect: float = stage.threshold(0.0)  # 1 leaves landscape only
+  min_aspect: float = stage.threshold(0.25)  # 1 leaves landscape only
   max_aspect: float = stage.threshold(4.0)
 
   def rules(self) -> tuple[stage.Rule, ...]:

@@ -23,6 +23,7 @@ from mgen_jax.errors import ConfigError
 
 _CHANGED = 6.0  # mean difference of luma, in levels, between a frame read and the next to read
 _THUMB = (32, 32)
+_SAME_PLACE = 0.5  # intersection over union
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +64,20 @@ class Text(stage.FrameStage):
   largest_box: float = 0.6  # share of the frame; more is no word
   least_elongation: float = 1.25  # longer over shorter side of a box
   least_letters: int = 2
+  # On how many of the sampled frames a word must be in the same place. 1 is the paper's rule; more
+  # finds overlays only, and is not deceived by what moves through the picture.
+  steady: int = 1
   max_score: float = stage.threshold(0.6)
 
   def __post_init__(self):
     if self.reader not in READERS:
       raise ConfigError(f'text.reader is "{self.reader}": known: {", ".join(READERS)}.')
-    if self.frames < 1 or self.side < 32:
+    if not 1 <= self.steady <= self.frames:
       raise ConfigError(
-        f"text.frames is {self.frames} and text.side {self.side}: read at least 1 frame of 32 px."
+        f"text.steady is {self.steady} and text.frames {self.frames}: 1 <= steady <= frames."
       )
+    if self.side < 32:
+      raise ConfigError(f"text.side is {self.side}: nothing can be read below 32 pixels.")
 
   def rules(self) -> tuple[stage.Rule, ...]:
     return (stage.Rule("text_score", "text", "text", at_most=self.max_score, strict=True),)
@@ -92,6 +98,7 @@ class Observer:
     self._settings, self._width = settings, width
     self._taker = sampling.Taker(sampling.spread(settings.frames, seconds))
     self._frames: list[np.ndarray] = []
+    self._stands_for: list[int] = []
     self._last = None
 
   def frame(self, frame: stage.Frame) -> None:
@@ -99,26 +106,31 @@ class Observer:
       return
     rgb = frame.rgb_at(self._width)
     thumb = cv2.resize(rgb[..., 1], _THUMB, interpolation=cv2.INTER_AREA).astype(np.float32)
-    if self._last is None or np.abs(thumb - self._last).mean() >= _CHANGED:
-      self._frames.append(rgb)
-      self._last = thumb
+    if self._last is not None and np.abs(thumb - self._last).mean() < _CHANGED:
+      self._stands_for[-1] += 1
+      return
+    self._frames.append(rgb)
+    self._stands_for.append(1)
+    self._last = thumb
 
   def scores(self) -> dict[str, Any]:
     if not self._frames:
       return dict.fromkeys(Text.columns)
     reader = READERS[self._settings.reader](self._settings.side)
-    found = [measure(rgb, reader, self._settings) for rgb in self._frames]
-    score, _, text = max(found)
+    found = [words(rgb, reader, self._settings) for rgb in self._frames]
+    found = lasting(found, self._stands_for, self._settings.steady)
+    best = max(found, key=score)
+    height, width = self._frames[0].shape[:2]
     return {
-      "text_score": score,
-      "text_coverage": max(coverage for _, coverage, _ in found),
-      "text_found": text,
+      "text_score": score(best),
+      "text_coverage": max(covered(each, height, width) for each in found),
+      "text_found": " ".join(word.text for word in best),
       "text_frames": len(found),
     }
 
 
-def measure(rgb: np.ndarray, reader: Reader, settings: Text) -> tuple[float, float, str]:
-  """(highest detection x recognition, share covered by words, their text) of uint8 [H, W, 3]."""
+def words(rgb: np.ndarray, reader: Reader, settings: Text) -> list[Word]:
+  """What can be a word in uint8 [H, W, 3]."""
   height, width = rgb.shape[:2]
 
   def plausible(box):
@@ -127,19 +139,52 @@ def measure(rgb: np.ndarray, reader: Reader, settings: Text) -> tuple[float, flo
     area = cv2.contourArea(np.float32(box)) / (height * width)
     return area <= settings.largest_box and along >= settings.least_elongation * max(across, 1e-6)
 
-  words = [
+  return [
     word
     for word in reader.read(rgb, plausible)
     if sum(letter.isalnum() for letter in word.text) >= settings.least_letters
   ]
-  score = max((word.detection * word.recognition for word in words), default=0.0)
-  return score, covered(words, height, width), " ".join(word.text for word in words)
 
 
-def covered(words: Sequence[Word], height: int, width: int) -> float:
+def score(found: Sequence[Word]) -> float:
+  """The highest detection x recognition."""
+  return max((word.detection * word.recognition for word in found), default=0.0)
+
+
+def lasting(
+  found: Sequence[Sequence[Word]], stands_for: Sequence[int], steady: int
+) -> list[list[Word]]:
+  """The words of each frame that are in the same place on at least `steady` of the sampled frames.
+
+  `stands_for` says how many sampled frames each one that was read stands for.
+  """
+  kept = []
+  for index, here in enumerate(found):
+    kept.append([])
+    for word in here:
+      seen = stands_for[index] + sum(
+        count
+        for other, count in zip(found, stands_for, strict=True)
+        if other is not here and any(overlap(word.box, each.box) >= _SAME_PLACE for each in other)
+      )
+      if seen >= steady:
+        kept[-1].append(word)
+  return kept
+
+
+def overlap(first: np.ndarray, second: np.ndarray) -> float:
+  """Intersection over union of the upright rectangles around two boxes [4, 2]."""
+  low = np.maximum(first.min(axis=0), second.min(axis=0))
+  high = np.minimum(first.max(axis=0), second.max(axis=0))
+  both = np.prod(np.maximum(high - low, 0))
+  areas = np.prod(np.ptp(first, axis=0)) + np.prod(np.ptp(second, axis=0))
+  return float(both / (areas - both)) if areas > both else 0.0
+
+
+def covered(found: Sequence[Word], height: int, width: int) -> float:
   """The share of a frame under the union of the words' boxes."""
   mask = np.zeros((height, width), np.uint8)
-  for word in words:  # one by one: fillPoly leaves out what two of its polygons share
+  for word in found:  # one by one: fillPoly leaves out what two of its polygons share
     cv2.fillPoly(mask, [np.int32(np.round(word.box))], 1)
   return float(mask.mean())
 

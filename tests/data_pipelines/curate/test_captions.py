@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytest.importorskip("cv2", reason="needs the extra: pip install mgen_jax[curate]")
+
 from data_pipelines.curate import captioners
 from data_pipelines.curate.captioners import CaptionerConfig
 from data_pipelines.curate.stages import captions, sidecar
@@ -19,7 +21,7 @@ from tests.data_pipelines.curate.test_looks import show
 
 CLIP = {
   "source_id": "ab" * 32, "copy": 0, "path": "day 1/a.mp4", "start_pts": 0, "end_pts": 5,
-  "source_caption": "a dog", "fps": 24.0,
+  "source_caption": "a dog",
 }  # fmt: skip
 
 

@@ -5,6 +5,9 @@ import pyarrow as pa
 import pytest
 from safetensors.numpy import save_file
 
+pytest.importorskip("faiss", reason="needs the extra: pip install mgen_jax[curate]")
+pytest.importorskip("cv2", reason="needs the extra: pip install mgen_jax[curate]")
+
 from data_pipelines.curate import draws
 from data_pipelines.curate.recipe import passes
 from data_pipelines.curate.stages import aspect, buckets, concepts, humans, resolution

@@ -4,6 +4,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+pytest.importorskip("cv2", reason="needs the extra: pip install mgen_jax[curate]")
+pytest.importorskip("faiss", reason="needs the extra: pip install mgen_jax[curate]")
+pytest.importorskip("pdqhash", reason="needs the extra: pip install mgen_jax[curate]")
+
 from data_pipelines.curate.planted import remux
 from data_pipelines.curate.recipe import passes
 from data_pipelines.curate.stages import copies, hashes, packets

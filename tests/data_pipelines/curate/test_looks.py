@@ -1,9 +1,14 @@
 """Stages that look at a few frames: text, looks, embeddings; and networks from files."""
 
-import cv2
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+
+pytest.importorskip("cv2", reason="needs the extra: pip install mgen_jax[curate]")
+pytest.importorskip("onnxruntime", reason="needs the extra: pip install mgen_jax[curate]")
+pytest.importorskip("rapidocr", reason="needs the extra: pip install mgen_jax[curate]")
+
+import cv2
 
 from data_pipelines.curate import models, stage
 from data_pipelines.curate.recipe import passes
@@ -60,9 +65,9 @@ def word(left, top, right, bottom, said="SALE", detection=0.9, recognition=0.9):
 def test_the_score_is_detection_times_recognition_and_coverage_a_union():
   settings, rgb = text.Text(), np.zeros((100, 200, 3), np.uint8)
   words = [word(0, 0, 99, 19, "one", 0.8, 0.7), word(50, 0, 149, 19, "two", 0.5, 0.9)]
-  score, coverage, found = text.measure(rgb, Words(words), settings)
-  assert score == pytest.approx(0.56) and found == "one two"
-  assert coverage == pytest.approx(150 * 20 / 20_000, rel=0.01)
+  found = text.words(rgb, Words(words), settings)
+  assert found == words and text.score(found) == pytest.approx(0.56) and text.score([]) == 0
+  assert text.covered(found, 100, 200) == pytest.approx(150 * 20 / 20_000, rel=0.01)
   (rule,) = settings.rules()
   assert passes(rule, 0.6) is False and passes(rule, 0.599) is True
 
@@ -78,7 +83,18 @@ def test_the_score_is_detection_times_recognition_and_coverage_a_union():
 )
 def test_what_is_no_word_does_not_count(no_word):
   rgb = np.zeros((100, 200, 3), np.uint8)
-  assert text.measure(rgb, Words([no_word]), text.Text()) == (0.0, 0.0, "")
+  assert text.words(rgb, Words([no_word]), text.Text()) == []
+
+
+def test_an_overlay_stays_and_what_moves_does_not():
+  overlay, moved = word(10, 10, 60, 20), word(100, 50, 150, 60)
+  frames = [[overlay, moved], [word(11, 10, 61, 21), word(140, 80, 190, 90)], []]
+  kept = [[each.box[0].tolist() for each in found] for found in text.lasting(frames, [1, 1, 1], 2)]
+  assert kept == [[[10, 10]], [[11, 10]], []]
+  assert text.lasting(frames, [1, 1, 1], 1) == frames
+  assert text.lasting(frames, [2, 1, 1], 3)[0] == [overlay]  # its frame stands for two
+  with pytest.raises(ConfigError, match="steady"):
+    text.Text(frames=2, steady=3)
 
 
 def test_a_still_picture_is_read_once(monkeypatch):
