@@ -59,8 +59,8 @@ class Text(stage.FrameStage):
   needs = ("width", "height", "start", "end")
 
   reader: str = "rapidocr"
-  frames: int = 4  # at most, spread over the clip
-  side: int = 480  # longer side that is read, in pixels; less is cheaper and misses small print
+  frames: int = 3  # at most, spread over the clip
+  side: int = 416  # longer side that is read, in pixels; less is cheaper and misses small print
   largest_box: float = 0.6  # share of the frame; more is no word
   least_elongation: float = 1.25  # longer over shorter side of a box
   least_letters: int = 2
