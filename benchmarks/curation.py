@@ -62,6 +62,17 @@ def write_film(path: Path, seed: int, height: int, width: int, seconds: float) -
   media.write_video_stream(path, frames(), _FPS, crf=23)
 
 
+def repeat(folder: Path, films: Path, times: int) -> None:
+  """Copies the films into `folder`; copies differ in an empty box at the end of the file: to
+  the pipeline they are other files, and what is loaded once weighs as little as in a long run."""
+  for path in sorted(films.glob("*.mp4")):
+    for number in range(times):
+      target = folder / f"{path.stem}-{number}.mp4"
+      shutil.copyfile(path, target)
+      with target.open("ab") as file:
+        file.write((8 + number).to_bytes(4, "big") + b"free" + bytes(number))
+
+
 def decode(path: str) -> int:
   """All frames of a file; how many."""
   with av.open(path) as container:
@@ -111,13 +122,19 @@ def main() -> None:
   parser.add_argument(
     "--seconds", type=float, default=28.0, help="Of a film; the paper's mean: 28."
   )
+  parser.add_argument("--times", type=int, default=1, help="Of each film under other hashes.")
   parser.add_argument("--processes", default="1,2,4", help='How many at once (default: "1,2,4").')
   parser.add_argument("--engines", default="local", help='"local", or "local,ray".')
   parser.add_argument("--keep", help="Keep the made films here, and use them if they are there.")
   options = parser.parse_args()
-  folder = Path(options.input or options.keep or tempfile.mkdtemp(prefix="mgen_jax-films-"))
+  work = Path(tempfile.mkdtemp(prefix="mgen_jax-films-"))
+  folder = Path(options.input or options.keep or work / "films")
   if not options.input and not any(folder.glob("*.mp4")):
     write_films(folder, options.films, *common.numbers(options.size), options.seconds)
+  if options.times > 1:
+    (work / "more").mkdir()
+    repeat(work / "more", folder, options.times)
+    folder = work / "more"
   root, names = sources.find(str(folder))
   paths = [str(root / name) for name in names]
   settings = config.resolve(config.complete(resolution={"min_side": 64}, partitions=len(paths)))
@@ -149,8 +166,7 @@ def main() -> None:
           "frames_per_cpu_s": frames / cpu,
         }
         rows.append(row)
-  if not options.input and not options.keep:
-    shutil.rmtree(folder)
+  shutil.rmtree(work)
   spent = {name: seconds for name, seconds in by_stage.items() if seconds > 0}
   print("CPU seconds of the last run:", {k: round(v, 2) for k, v in spent.items()})
   common.report("curation", rows, options.out, cpu_by_stage=spent, cores=os.cpu_count())

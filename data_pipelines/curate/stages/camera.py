@@ -9,15 +9,14 @@ see arc and tracking shots: these need depth. A trained classifier of all 16 can
 import dataclasses
 import functools
 import math
-from pathlib import Path
 from typing import Any, ClassVar
 
 import cv2
 import numpy as np
 import pyarrow as pa
 
+from data_pipelines.curate import models
 from data_pipelines.curate.stage import Frame, FrameStage, Row
-from mgen_jax.data.files import sha256_file
 from mgen_jax.errors import UserError
 
 CLASSES = (
@@ -64,12 +63,7 @@ class Camera(FrameStage):
   model: str = ""
 
   def scorer(self) -> str:
-    if not self.model:
-      return "similarity"
-    try:
-      return f"onnx {sha256_file(Path(self.model))[:12]}"
-    except OSError as error:
-      raise UserError(f"camera.model={self.model} cannot be read ({error.strerror}).") from error
+    return f"onnx {models.fingerprint(self.model)}" if self.model else "similarity"
 
   def observer(self, row: Row) -> "_Observer":
     return _Observer(self)
@@ -252,10 +246,11 @@ class _Pictures:
 
 @functools.cache
 def _session(model: str):
-  try:
-    import onnxruntime
-  except ImportError as error:
-    raise UserError("camera.model needs onnxruntime: pip install 'mgen_jax[curate]'.") from error
+  import onnxruntime  # an extra: only who gives a network needs it
+
   options = onnxruntime.SessionOptions()
   options.intra_op_num_threads = 1
-  return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+  try:
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+  except Exception as error:  # its errors have no base of their own
+    raise UserError(f"{model} is no ONNX network that can be opened ({error}).") from error

@@ -86,7 +86,7 @@ def _cascade():
   def detect(rgb) -> list[int]:
     grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
     least = max(20, round(_SMALLEST * min(grey.shape)))
-    found = classifier.detectMultiScale(grey, 1.2, 5, minSize=(least, least))
+    found = classifier.detectMultiScale(grey, 1.2, 6, minSize=(least, least))
     return [int(height) for _, _, _, height in found]
 
   return detect

@@ -9,8 +9,13 @@ from pathlib import Path
 import numpy as np
 
 
-def write_mean_colour(path: Path, weights: np.ndarray, size: int = 32) -> str:
-  """[n, 3, size, size] -> mean over the picture [n, 3] @ weights float32 [3, width]."""
+def write_mean_colour(
+  path: Path, weights: np.ndarray, size: int = 32, shape: tuple[int | str, ...] = ()
+) -> str:
+  """[n, 3, size, size] -> mean over the picture [n, 3] @ weights float32 [3, width].
+
+  With another `shape`, the mean is over all but its first two dimensions.
+  """
   mean = _node("GlobalAveragePool", ["x"], ["mean"])
   flat = _node("Flatten", ["mean"], ["flat"])
   product = _node("MatMul", ["flat", "w"], ["y"])
@@ -24,7 +29,7 @@ def write_mean_colour(path: Path, weights: np.ndarray, size: int = 32) -> str:
     b"".join(_field(1, node) for node in (mean, flat, product))
     + _field(2, b"graph")
     + _field(5, tensor)
-    + _field(11, _value("x", ("n", 3, size, size)))
+    + _field(11, _value("x", shape or ("n", 3, size, size)))
     + _field(12, _value("y", ("n", weights.shape[1])))
   )
   path.write_bytes(_number(1, 8) + _field(7, graph) + _field(8, _field(1, b"") + _number(2, 13)))

@@ -22,6 +22,7 @@ from mgen_jax.data.marbles import defects
 from mgen_jax.data.marbles.render import render
 from mgen_jax.data.media import write_video
 from mgen_jax.errors import UserError
+from tests.data_pipelines.curate.onnx_file import write_mean_colour
 from tests.data_pipelines.curate.watching import (
   fails,
   moving,
@@ -307,10 +308,32 @@ def test_marbles_cameras_on_a_textured_background(tmp_path):
   assert right >= 0.9 * total, f"{right} of {total}"
 
 
-def test_a_missing_classifier_is_a_sentence():
-  with pytest.raises(UserError, match=r"camera\.model=/nowhere\.onnx"):
-    Camera(model="/nowhere.onnx").scorer()
+def test_a_trained_classifier_decides_if_it_is_given(tmp_path):
+  pytest.importorskip("onnxruntime")
+  # It says class 12 for what begins dark and ends bright, class 13 for the other way round.
+  weights = np.zeros((24, 16), np.float32)
+  weights[:, 12] = np.linspace(-1, 1, 24)
+  weights[:, 13] = -weights[:, 12]
+  model = write_mean_colour(tmp_path / "camera.onnx", weights, shape=(1, 24, 24, 40, 3))
+  rising = np.repeat(np.linspace(20, 220, 36), 96 * 160 * 3).reshape(36, 96, 160, 3)
+  for video, expected in ((rising, "arc shot"), (rising[::-1], "tracking shot")):
+    found = scores_of(Camera(model=model), video.astype(np.uint8), 12, tmp_path)
+    assert found["camera"] == expected
+  assert Camera(model=model).scorer().startswith("onnx ")
+  assert Camera().scorer() == "similarity"
+
+
+def test_a_classifier_that_cannot_be_is_a_sentence(tmp_path):
+  pytest.importorskip("onnxruntime")
   assert len(CLASSES) == 16
+  with pytest.raises(UserError, match="is no file"):
+    Camera(model="/nowhere.onnx").scorer()
+  (tmp_path / "no.onnx").write_bytes(b"0" * 5000)
+  with pytest.raises(UserError, match="no ONNX network"):
+    Camera(model=str(tmp_path / "no.onnx")).observer({})
+  images = write_mean_colour(tmp_path / "images.onnx", np.ones((3, 96), np.float32))
+  with pytest.raises(UserError, match=r"must take \[1, T, H, W, 3\]"):
+    Camera(model=images).observer({})
 
 
 # Where nothing was seen
