@@ -3,7 +3,7 @@
 The table says by its duration how many frames a clip gives: 256 from 12 s on, 192 from 8 s, 128
 from 4 s; the frame rate that follows lies between 16 and 32 and is told to the model as text. A
 clip whose source is slower than that would repeat frames and fits nowhere. Frame j of N is the one
-shown at (j + 0.5) duration / N.
+shown at (j + 0.5) duration / N. An image (no frame rate) has the same five sizes.
 """
 
 import dataclasses
@@ -72,7 +72,7 @@ class Buckets(stage.RowStage):
 
   def score(self, row: stage.Row) -> dict[str, Any]:
     width, height = row["width"], row["height"]
-    if not width or not height or not row["fps"]:
+    if not width or not height:
       return dict.fromkeys(self.columns)
     aspect = width / height
     size = min(self.sizes, key=lambda s: (round(shapes.crop_loss(aspect, s[1] / s[0]), 9), s))
@@ -84,6 +84,8 @@ class Buckets(stage.RowStage):
       "bucket_seconds": None,
       "crop_loss": shapes.crop_loss(aspect, size[1] / size[0]),
     }
+    if not row["fps"]:  # an image
+      return found | {"bucket": shapes.Bucket(1, *size).name, "bucket_frames": 1, "bucket_fps": 0.0}
     length = self.length(sampling.duration(row), row["fps"])
     if length:
       frames, start, seconds = length

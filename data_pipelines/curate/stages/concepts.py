@@ -11,9 +11,11 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
-from data_pipelines.curate import draws, stage
+from data_pipelines.curate import columns, draws, stage
 from data_pipelines.curate.stages.copies import faiss_threads, groups
 from mgen_jax.errors import ConfigError
+
+_BLOCK = 1024  # centres that are compared with all others at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +53,9 @@ class Concepts(stage.TableStage):
     return (stage.Rule("in_concepts", "resampled", "concepts", at_least=1),)
 
   def score(self, table: pa.Table) -> pa.Table:
-    rows = table["embedding"].to_pylist()
-    there = [index for index, row in enumerate(rows) if row is not None]
-    labels = np.full(len(rows), -1)
-    if there:
-      vectors = np.float32([rows[index] for index in there])
+    there, vectors = columns.vectors(table["embedding"])
+    labels = np.full(table.num_rows, -1)
+    if len(there):
       count = self.clusters or max(1, len(there) // self.per_cluster)
       labels[there] = cluster(vectors, min(count, len(there)), self.iterations, self.merge)
     human = np.array([each or 0.0 for each in table["human"].to_pylist()])
@@ -97,8 +97,12 @@ def cluster(vectors: np.ndarray, count: int, iterations: int, merge: float) -> n
     kmeans.train(vectors)
     _, nearest = kmeans.index.search(vectors, 1)
   centres = kmeans.centroids
-  alike = np.argwhere(np.triu(centres @ centres.T >= merge, 1))
-  joined = np.array(groups(count, [(int(i), int(j)) for i, j in alike]))[nearest[:, 0]]
+  alike = []
+  for start in range(0, count, _BLOCK):
+    cosines = centres[start : start + _BLOCK] @ centres.T
+    pairs = np.argwhere(cosines >= merge).tolist()
+    alike += [(start + i, j) for i, j in pairs if start + i < j]
+  joined = np.array(groups(count, alike))[nearest[:, 0]]
   _, first, labels = np.unique(joined, return_index=True, return_inverse=True)
   return np.argsort(np.argsort(first))[labels]
 

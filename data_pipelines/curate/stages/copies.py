@@ -21,7 +21,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
-from data_pipelines.curate import stage
+from data_pipelines.curate import columns, stage
 from data_pipelines.curate.stages.hashes import BITS
 from mgen_jax.errors import ConfigError, UserError
 
@@ -81,23 +81,21 @@ class Copies(stage.TableStage):
     return pa.table(describe(ids, order, pairs, self.grouped_at), schema=pa.schema(self.columns))
 
   def _by_hash(self, table) -> Iterator[tuple[tuple[int, int], float]]:
-    frames = [_bits(row) for row in table["copy_hashes"].to_pylist()]
+    frames = columns.byte_rows(table["copy_hashes"], BITS // 8)
     for i, j in near_hashes(frames, int((1 - self.floor) * BITS), self.exact_up_to):
       similarity = aligned(frames[i], frames[j])
       if similarity >= self.floor:
         yield (i, j), similarity
 
   def _by_embedding(self, table) -> Iterator[tuple[tuple[int, int], float]]:
-    rows = table["copy_embedding"].to_pylist()
-    there = [index for index, row in enumerate(rows) if row is not None]
-    if rows and not there:
+    there, vectors = columns.vectors(table["copy_embedding"])
+    if table.num_rows and not len(there):
       raise UserError(
         'copies.by is "embedding" and no clip has one: give hashes.model, or set copies.by="hash".'
       )
-    if there:
-      vectors = np.float32([rows[index] for index in there])
+    if len(there):
       for i, j, similarity in near_vectors(vectors, self.floor, self.exact_up_to):
-        yield (there[i], there[j]), similarity
+        yield (int(there[i]), int(there[j])), similarity
 
 
 def rank(table: pa.Table) -> list[int]:
@@ -257,9 +255,3 @@ def describe(
     "copy_of": [other for _, other in best],
     "copy_group": [ids[winners[root]] for root in roots],
   }
-
-
-def _bits(row) -> np.ndarray:
-  if not row:
-    return np.zeros((0, BITS // 8), np.uint8)
-  return np.frombuffer(b"".join(row), np.uint8).reshape(-1, BITS // 8)

@@ -21,7 +21,7 @@ from data_pipelines.curate import draws, models, stage
 from data_pipelines.curate.stages import sampling
 from mgen_jax.errors import ConfigError, UserError
 
-_WIDTH = 480  # of the frame that is searched
+_WIDTH = 320  # of the frame that is searched; a face of a tenth of its height is enough
 _SMALLEST = 0.06  # of the short side, for a face
 
 

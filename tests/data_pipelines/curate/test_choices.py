@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 pytest.importorskip("faiss", reason="needs the extra: pip install mgen_jax[curate]")
 pytest.importorskip("cv2", reason="needs the extra: pip install mgen_jax[curate]")
 
-from data_pipelines.curate import draws
+from data_pipelines.curate import columns, draws
 from data_pipelines.curate.recipe import passes
 from data_pipelines.curate.stages import aspect, buckets, concepts, humans, resolution
 from mgen_jax.errors import ConfigError, UserError
@@ -87,6 +87,29 @@ def test_the_table_of_lengths_and_rates(seconds, fps, bucket, rate):
   assert found["bucket_fps"] == pytest.approx(rate, abs=0.01)
   assert found["bucket_frames"] / found["bucket_seconds"] == pytest.approx(found["bucket_fps"])
   assert found["bucket_start"] == pytest.approx((seconds - found["bucket_seconds"]) / 2)
+
+
+def test_an_image_has_the_five_sizes_too():
+  row = {"width": 1000, "height": 1010, "fps": 0.0, "start": None, "end": None}
+  found = buckets.Buckets().score(row)
+  assert found["bucket"] == "1x768x768" and found["bucket_frames"] == 1
+  assert found["bucket_fps"] == 0.0 and found["crop_loss"] < 0.01
+
+
+def test_columns_of_lists_become_arrays():
+  rows = [[1.0, 2.0], None, [3.0, 4.0], None]
+  there, found = columns.vectors(pa.chunked_array([rows[:1], rows[1:]], pa.list_(pa.float32())))
+  assert there.tolist() == [0, 2] and found.tolist() == [[1, 2], [3, 4]]
+  hashes = [[b"ab", b"cd"], None, [], [b"ef"]]
+  kind = pa.list_(pa.binary(2))
+  for column in (
+    pa.chunked_array([hashes], kind),
+    pa.chunked_array([hashes[:2], hashes[2:]], kind),
+    pa.chunked_array([[[b"xx"], *hashes]], kind).slice(1),
+  ):
+    found = columns.byte_rows(column, 2)
+    assert [b"".join(map(bytes, row)) for row in found] == [b"abcd", b"", b"", b"ef"]
+  assert columns.byte_rows(pa.chunked_array([], kind), 2) == []
 
 
 def test_a_clip_goes_to_the_nearest_aspect_and_far_ones_fall_out():
