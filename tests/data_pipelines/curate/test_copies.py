@@ -73,7 +73,30 @@ def test_equal_packets_and_span_are_one_group_and_the_winner_is_the_best():
   (rule,) = stage.rules()
   kept = [passes(rule, row["copy_similarity"]) for row in found]
   assert kept == [False, True, False, True, True, True]
-  assert found[1]["copy_of"] == "" and found[0]["copy_of"] != ""
+  assert [row["copy_of"] for row in found] == ["0001", "", "0001", "", "", ""]
+
+
+def test_a_group_at_any_threshold_has_one_winner_by_the_stored_score():
+  """Union-find over the pairs at that threshold, done anew, keeps the same clips."""
+  rng = np.random.default_rng(0)
+  ids = [f"{i:03d}" for i in range(60)]
+  for _ in range(20):
+    ranks = rng.permutation(60).tolist()
+    edges = {tuple(sorted(rng.choice(60, 2, replace=False).tolist())) for _ in range(70)}
+    pairs = {edge: float(rng.choice([0.91, 0.93, 0.95, 0.97, 1.0])) for edge in edges}
+    for least in (0.9, 0.94, 0.96, 0.99):
+      made = copies.describe(ids, ranks, pairs, least)
+      parts = {i: {i} for i in range(60)}
+      for (i, j), similarity in pairs.items():
+        if similarity >= least and parts[i] is not parts[j]:
+          parts[i] |= parts[j]
+          for member in parts[j]:
+            parts[member] = parts[i]
+      winners = {min(part, key=lambda i: ranks[i]) for part in parts.values()}
+      kept = {i for i, similarity in enumerate(made["copy_similarity"]) if similarity < least}
+      assert kept == winners
+      expected = [ids[min(parts[i], key=lambda i: ranks[i])] for i in range(60)]
+      assert made["copy_group"] == expected
 
 
 def test_the_best_has_most_pixels_then_looks_then_length_then_the_smallest_id():
