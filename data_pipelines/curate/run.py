@@ -26,6 +26,7 @@ from data_pipelines.curate.recipe import Recipe
 from data_pipelines.curate.stage import TableStage
 from data_pipelines.curate.store import (
   SCHEMA_VERSION,
+  Commit,
   Store,
   not_written,
   read_table,
@@ -178,9 +179,7 @@ def score(
       name = stages[0].name if phase else "scoring"
       say(name, 0, len(tasks))
       results = engine.run(work.run_task, tasks)
-      for number, done in enumerate(results, start=1):
-        totals["sources"] += done.sources
-        totals["clips"] += done.clips
+      for number, _ in enumerate(results, start=1):
         say(name, number, len(tasks))
       totals["units"] += len(tasks)
       lost = [task.partition for task in tasks if not _is_done(run, task)]
@@ -189,6 +188,10 @@ def score(
           f"the engine ended without the partitions {lost[:10]} of {len(lost)} that are not done;"
           " run again, what is done is kept."
         )
+      for task in tasks:
+        new = [commit.counters for commit in _commits(run, task) if commit is not None]
+        totals["sources"] += max(counters["new_sources"] for counters in new)
+        totals["clips"] += max(counters["new_clips"] for counters in new)
       for stage in stages:
         catalogue.add(stage)
   return totals | {"wall_s": time.monotonic() - began}
@@ -212,12 +215,16 @@ def _due(run: Run, listed: pa.Table, phase: int, limits: decode.Limits) -> list[
 
 
 def _is_done(run: Run, task: work.Task) -> bool:
-  return all(
-    (commit := run.store.commit_of(stage.name, run.recipe.versions[stage.name], task.partition))
-    is not None
-    and commit.inputs == task.inputs
+  return all(c is not None and c.inputs == task.inputs for c in _commits(run, task))
+
+
+def _commits(run: Run, task: work.Task) -> list[Commit | None]:
+  """Of each stage of a unit."""
+  versions = run.recipe.versions
+  return [
+    run.store.commit_of(stage.name, versions[stage.name], task.partition)
     for stage in run.recipe.phases[task.phase]
-  )
+  ]
 
 
 def _inputs(run: Run, listed: pa.Table, phase: int) -> dict[int, str]:

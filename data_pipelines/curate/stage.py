@@ -10,6 +10,7 @@ each can be tested alone. Not here: the order of the stages and their defaults (
 import dataclasses
 import hashlib
 import json
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -17,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 
 Row = Mapping[str, Any]
+
+_CLIPS = uuid.UUID("9a0f3a8c-64ad-5d5c-a5f5-3c8f6ae4a1d7")  # names our clips; never change it
 
 
 def threshold(default: Any) -> Any:
@@ -101,6 +104,12 @@ class Stage:
     """12 hexadecimal digits over code, settings, scorer and the versions of its inputs."""
     content = [self.name, self.code, self.settings(), self.scorer(), dict(inputs)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def clip_id(source: Row, clip: Row) -> str:
+  """A name that depends on the bytes of the source and the span, not on where the file is."""
+  which = f"{source['source_id']}|{source['copy']}|{clip['start_pts']}|{clip['end_pts']}"
+  return str(uuid.uuid5(_CLIPS, which))
 
 
 class SourceStage(Stage):

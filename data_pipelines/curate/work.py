@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,12 +20,11 @@ import pyarrow as pa
 
 from data_pipelines.curate import decode, sources, watch
 from data_pipelines.curate.recipe import CLIP_KEYS, SOURCE_COLUMNS, SOURCE_KEYS, Recipe, passes
-from data_pipelines.curate.stage import FrameStage, SourceStage, Stage
+from data_pipelines.curate.stage import FrameStage, SourceStage, Stage, clip_id
 from data_pipelines.curate.store import Store, rows_of, table_of
 
 Row = dict[str, Any]
 FAULT = {"error_code": pa.string(), "error": pa.string()}
-_CLIPS = uuid.UUID("9a0f3a8c-64ad-5d5c-a5f5-3c8f6ae4a1d7")  # names our clips; never change it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +49,10 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-  """A unit that is committed: for how many sources and clips something was computed."""
+  """A unit that is committed, and the process that did it. What it did is in the commits."""
 
   phase: int
   partition: int
-  sources: int
-  clips: int
   pid: int
 
 
@@ -71,13 +67,7 @@ def run_task(task: Task) -> Done:
     for clip in clip_rows(unit.store, task.recipe, task.partition, task.phase):
       unit.do_clip(clip, os.path.join(task.input_root, clip["path"]))
   unit.commit(len(listed))
-  return Done(task.phase, task.partition, len(unit.new_sources), len(unit.new_clips), os.getpid())
-
-
-def clip_id(source: Mapping[str, Any], clip: Mapping[str, Any]) -> str:
-  """A name that depends on the bytes of the source and the span, not on where the file is."""
-  which = f"{source['source_id']}|{source['copy']}|{clip['start_pts']}|{clip['end_pts']}"
-  return str(uuid.uuid5(_CLIPS, which))
+  return Done(task.phase, task.partition, os.getpid())
 
 
 class _Unit:
@@ -306,6 +296,8 @@ class _Unit:
       counters = {
         "in": listed,
         "out": len(rows),
+        "new_sources": len(self.new_sources),
+        "new_clips": len(self.new_clips),
         "errors": dict(sorted(errors.items())),
         "cpu_s": self.cpu.get(stage.name, 0.0),
         "wall_s": round(time.time() - self.began, 3),

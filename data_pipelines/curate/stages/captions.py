@@ -82,10 +82,8 @@ class Observer:
   """Keeps frames only for a server, and asks at the end."""
 
   def __init__(self, settings: Captions, row: stage.Row):
-    from data_pipelines.curate.work import clip_id
-
     # While a clip passes for the first time it has no id yet.
-    self._row = {**row, "clip_id": clip_id(row, row)}
+    self._row = {**row, "clip_id": stage.clip_id(row, row)}
     self._choice = settings.choice(self._row["clip_id"])
     server = next((each for each in self._choice if each.kind == "server"), None)
     self._side = server.side if server else 0

@@ -85,7 +85,7 @@ class SceneObserver:
     self.decided = -1
     self._luma: np.ndarray | None = None
     self._recent: collections.deque[_Moment] = collections.deque(maxlen=2 * _AHEAD + 1)
-    self._begins: set[int] = set()  # of the last frames
+    self._begins: set[int] = set()
     self._cuts: list[float] = []
     self._times: list[float] = []
     self._returns = -1  # index of the frame after a flash
@@ -107,7 +107,7 @@ class SceneObserver:
       self._decide(frame.index - _AHEAD)
 
   def begins(self, index: int) -> bool:
-    """Whether this frame, which was decided lately, begins a scene."""
+    """Whether this frame, which is decided, begins a scene."""
     return index in self._begins
 
   def finish(self) -> None:
@@ -117,16 +117,16 @@ class SceneObserver:
 
   def _decide(self, index: int):
     self.decided = index
-    near = {moment.index: moment for moment in self._recent}
-    moment = near[index]
-    self._begins = {i for i in self._begins if i > index - 4 * _AHEAD}
+    moment = self._recent[index - self._recent[0].index]
     if index == 0:
       self._begins.add(0)
     elif index == self._returns:
       self._returns = -1
-    elif self._is_cut(near, moment) and not self._is_flash(near, moment):
-      self._begins.add(index)
-      self._cuts.append(moment.time)
+    elif moment.score > self.stage.cut or moment.change >= self.stage.small_cut:
+      near = {each.index: each for each in self._recent}
+      if self._is_cut(near, moment) and not self._is_flash(near, moment):
+        self._begins.add(index)
+        self._cuts.append(moment.time)
 
   def _is_cut(self, near, moment):
     stage = self.stage

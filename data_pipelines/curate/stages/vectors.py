@@ -9,6 +9,7 @@ MPEG-4 and MPEG-2).
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
 import av
@@ -76,15 +77,16 @@ class _Observer:
   def frame(self, frame: Frame) -> None:
     self._times = [*self._times[:1], frame.time]
     self._count = frame.index + 1
-    self._short = min(frame.native.width, frame.native.height)
+    self._short = min(frame.luma.shape)
     previous, self._previous = self._previous, frame
     if self._stage.native:
       found = _stored(frame.native)
       if found is not None:
         self._values.append(found)
     elif previous is not None and self._due(previous.time):
-      found = estimate(previous.native, frame.native, self._stage.width)
-      self._values.append(found)
+      luma = frame.luma_at(self._stage.width)
+      length, coverage = estimate(previous.luma_at(self._stage.width), luma)
+      self._values.append((length * frame.luma.shape[1] / luma.shape[1], coverage))
 
   def _due(self, time: float) -> bool:
     if not self._stage.pairs:
@@ -106,36 +108,33 @@ class _Observer:
     }
 
 
-def estimate(first: av.VideoFrame, second: av.VideoFrame, width: int) -> tuple[float, float]:
-  """(mean length in pixels of the frames, coverage) of the vectors from one frame to the next."""
+def estimate(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
+  """Vectors from one luma [H, W] to the next: (mean length in pixels, coverage)."""
   graph = av.filter.Graph()
-  source = graph.add_buffer(
-    width=first.width, height=first.height, format=first.format, time_base=first.time_base
-  )
-  scale = min(1.0, width / first.width)
-  small = f"{2 * round(first.width * scale / 2)}:{2 * round(first.height * scale / 2)}"
+  pictures = [
+    av.VideoFrame.from_ndarray(np.ascontiguousarray(luma), format="gray")
+    for luma in (first, second)
+  ]
+  height, width = first.shape
   chain = [
-    source,
-    graph.add("scale", f"{small}:flags=area+accurate_rnd+bitexact"),
-    graph.add("format", "gray"),
+    graph.add_buffer(width=width, height=height, format="gray", time_base=Fraction(1, 30)),
     graph.add("mestimate", "method=epzs:mb_size=16:search_param=7"),
     graph.add("buffersink"),
   ]
   for one, other in itertools.pairwise(chain):
     one.link_to(other)
   graph.configure()
-  # The filter looks back and ahead: pushed twice, the second frame comes out beside the first.
-  graph.push(first)
-  graph.push(second)
-  frame = graph.pull()
-  vectors = _side_data(frame)
+  # The filter looks back and ahead: out comes the first frame, with its vectors to the second.
+  for index, picture in enumerate(pictures):
+    picture.pts = index
+    graph.push(picture)
+  vectors = _side_data(graph.pull())
   if vectors is None:
     return 0.0, 0.0
   vectors = vectors[vectors["source"] > 0]
   # It states places only; its other fields are whatever was in memory.
   x, y = (vectors[f"src_{axis}"].astype(np.float64) - vectors[f"dst_{axis}"] for axis in "xy")
-  mean, coverage = _summary(vectors, x, y, frame.width, frame.height)
-  return mean / scale, coverage
+  return _summary(vectors, x, y, width, height)
 
 
 def _stored(frame: av.VideoFrame) -> tuple[float, float] | None:

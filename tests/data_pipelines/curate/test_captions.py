@@ -130,7 +130,7 @@ def test_where_one_has_nothing_to_say_the_other_is_asked():
 
 
 def test_a_batch_is_found_by_clip_or_by_file(tmp_path):
-  from data_pipelines.curate.work import clip_id
+  from data_pipelines.curate.stage import clip_id
 
   path = tmp_path / "batch.jsonl"
   rows = [
