@@ -140,9 +140,10 @@ def near_hashes(
 ) -> Iterator[tuple[int, int]]:
   """Pairs (i < j) of clips with two frames whose hashes differ in at most `radius` bits.
 
-  `frames` are uint8 [n_i, 32] of each clip; n_i may be 0.
+  `frames` are uint8 [n_i, 32] of each clip; n_i may be 0. Blank frames do not count: else every
+  clip with a fade would have to be compared with every other.
   """
-  distinct = [np.unique(clip, axis=0) for clip in frames]
+  distinct = [np.unique(clip[clip.any(axis=1)], axis=0) for clip in frames]
   owner = np.repeat(np.arange(len(frames)), [len(clip) for clip in distinct])
   if not len(owner):
     return
@@ -201,20 +202,19 @@ def near_vectors(
 def aligned(first: np.ndarray, second: np.ndarray) -> float:
   """How alike two rows of hashes uint8 [n, 32] and [m, 32] are, at the best shift in time.
 
-  1 - the mean share of differing bits over the frames that lie on each other; at least half of the
-  shorter one must.
+  1 - the mean share of differing bits over the frames that lie on each other and of which neither
+  is blank; those must be half of the shorter one's.
   """
-  if not len(first) or not len(second):
-    return 0.0
+  shown = first.any(axis=1), second.any(axis=1)
+  least = max(1, int(np.ceil(_OVERLAP * min(shown[0].sum(), shown[1].sum()))))
   differ = _BIT_COUNT[first[:, None] ^ second[None]].sum(axis=-1, dtype=np.int64)  # [n, m]
-  n, m = differ.shape
-  least = max(1, int(np.ceil(_OVERLAP * min(n, m))))
-  best = min(
-    float(np.diagonal(differ, shift).mean())
-    for shift in range(-n + 1, m)
-    if min(n, m, n + shift, m - shift) >= least
-  )
-  return 1 - best / BITS
+  both = shown[0][:, None] & shown[1]
+  best = 1.0
+  for shift in range(-len(first) + 1, len(second)):
+    counts = np.diagonal(both, shift)
+    if counts.sum() >= least:
+      best = min(best, float(np.diagonal(differ, shift)[counts].mean()) / BITS)
+  return 1 - best
 
 
 class Groups:

@@ -140,6 +140,18 @@ def test_an_overlap_of_less_than_half_is_no_copy():
   assert copies.aligned(film, film[:0]) == 0.0
 
 
+def test_blank_frames_make_no_copies():
+  rng = np.random.default_rng(0)
+  films = rng.integers(0, 256, (6, 12, 32), np.uint8)
+  films[:, :8] = 0  # a long fade in
+  assert list(copies.near_hashes([*films], 25, 10**6)) == []
+  assert copies.aligned(films[0], films[1]) < 0.7
+  assert copies.aligned(films[0], films[0][3:]) == 1.0
+  assert copies.aligned(films[0][:8], films[1][:8]) == 0.0
+  assert hashes.pdq(np.full((64, 96, 3), 16, np.uint8)) == hashes.BLANK
+  assert hashes.pdq(rng.integers(0, 256, (64, 96, 3), np.uint8)) != hashes.BLANK
+
+
 def test_cells_find_what_comparing_all_finds():
   rng = np.random.default_rng(0)
   films = rng.integers(0, 256, (300, 4, 32), np.uint8)
