@@ -186,6 +186,8 @@ def test_networks_that_do_not_fit_are_refused_in_a_sentence(tmp_path):
   ):
     with pytest.raises(UserError, match=said):
       models.ImageModel(str(path), models.CLIP_MEAN, models.CLIP_STD)
+  with pytest.raises(UserError, match="YuNet"):
+    show(humans.Faces(model=str(tmp_path / "noise.onnx")), np.zeros((2, 64, 64, 3), np.uint8))
   with pytest.raises(UserError, match="no safetensors"):
     models.Head(tower)
   save_file({"layers.0.weight": np.zeros((4, 600), np.float32)}, tmp_path / "odd.safetensors")
