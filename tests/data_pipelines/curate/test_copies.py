@@ -1,20 +1,22 @@
 """Copies: exact, by hash, by embedding; who wins; and what the hashes cannot see."""
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
+pytest.importorskip("pyarrow", reason="needs the extra: pip install mgen_jax[curate]")
 pytest.importorskip("cv2", reason="needs the extra: pip install mgen_jax[curate]")
 pytest.importorskip("faiss", reason="needs the extra: pip install mgen_jax[curate]")
 pytest.importorskip("pdqhash", reason="needs the extra: pip install mgen_jax[curate]")
+
+import pyarrow as pa
 
 from data_pipelines.curate.planted import remux
 from data_pipelines.curate.recipe import passes
 from data_pipelines.curate.stages import copies, hashes, packets
 from mgen_jax.data import marbles, media
 from mgen_jax.errors import ConfigError, UserError
+from tests.data_pipelines.curate.looking import show
 from tests.data_pipelines.curate.onnx_file import write_mean_colour
-from tests.data_pipelines.curate.test_looks import show
 
 FPS = 12.0
 

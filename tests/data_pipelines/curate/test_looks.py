@@ -10,32 +10,16 @@ pytest.importorskip("rapidocr", reason="needs the extra: pip install mgen_jax[cu
 
 import cv2
 
-from data_pipelines.curate import models, stage
+from data_pipelines.curate import models
 from data_pipelines.curate.recipe import passes
 from data_pipelines.curate.stages import aesthetics, embedding, humans, sampling, text
 from mgen_jax.data import marbles
 from mgen_jax.data.marbles import defects
 from mgen_jax.errors import ConfigError, UserError
+from tests.data_pipelines.curate.looking import show
 from tests.data_pipelines.curate.onnx_file import write_mean_colour
 
 WORLD = marbles.WorldConfig(motions=("moves left", "moves right"), sizes=("large",))
-
-
-def show(settings, video, fps=10.0, **row):
-  """The scores of a clip, its frames given one by one."""
-  height, width = video.shape[1:3]
-  known = {"start": 0.0, "end": len(video) / fps, "width": width, "height": height, **row}
-  observer = settings.observer(known)
-  for index, rgb in enumerate(video):
-
-    def read(form, width, rgb=rgb):
-      wide = rgb.shape[1]
-      scale = min(1.0, (width or wide) / wide)
-      small = cv2.resize(rgb, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-      return small if form == "rgb" else cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
-
-    observer.frame(stage.Frame(index, index / fps, index, read))
-  return observer.scores()
 
 
 def test_frames_are_taken_in_the_middle_of_equal_parts():
