@@ -8,6 +8,7 @@ cross are read as such), a word of fewer than two letters or digits.
 """
 
 import dataclasses
+import difflib
 import functools
 import importlib.metadata
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from mgen_jax.errors import ConfigError
 
 _CHANGED = 6.0  # mean difference of luma, in levels, between a frame read and the next to read
 _THUMB = (32, 32)
+_SAME_TEXT = 0.5  # share of their letters that two words have in common
 _SAME_PLACE = 0.3  # intersection over union; boxes of one word differ in their margins
 
 
@@ -64,7 +66,7 @@ class Text(stage.FrameStage):
   largest_box: float = 0.6  # share of the frame; more is no word
   least_elongation: float = 1.25  # longer over shorter side of a box
   least_letters: int = 2
-  # On how many of the sampled frames a word must be in the same place. 1 is the paper's rule; more
+  # On how many of the sampled frames a word must be, in the same place. 1 is the paper's rule; more
   # finds overlays only, and is not deceived by what moves through the picture.
   steady: int = 1
   max_score: float = stage.threshold(0.6)
@@ -154,7 +156,7 @@ def score(found: Sequence[Word]) -> float:
 def lasting(
   found: Sequence[Sequence[Word]], stands_for: Sequence[int], steady: int
 ) -> list[list[Word]]:
-  """The words of each frame that are in the same place on at least `steady` of the sampled frames.
+  """The words of each frame that are on at least `steady` of the sampled frames.
 
   `stands_for` says how many sampled frames each one that was read stands for.
   """
@@ -165,11 +167,17 @@ def lasting(
       seen = stands_for[index] + sum(
         count
         for other, count in zip(found, stands_for, strict=True)
-        if other is not here and any(overlap(word.box, each.box) >= _SAME_PLACE for each in other)
+        if other is not here and any(is_same(word, each) for each in other)
       )
       if seen >= steady:
         kept[-1].append(word)
   return kept
+
+
+def is_same(first: Word, second: Word) -> bool:
+  """Whether they lie in the same place and read alike: a reader errs in single letters."""
+  alike = difflib.SequenceMatcher(None, first.text, second.text, autojunk=False).ratio()
+  return alike >= _SAME_TEXT and overlap(first.box, second.box) >= _SAME_PLACE
 
 
 def overlap(first: np.ndarray, second: np.ndarray) -> float:

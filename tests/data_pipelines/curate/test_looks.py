@@ -72,7 +72,8 @@ def test_what_is_no_word_does_not_count(no_word):
 
 def test_an_overlay_stays_and_what_moves_does_not():
   overlay, moved = word(10, 10, 60, 20), word(100, 50, 150, 60)
-  frames = [[overlay, moved], [word(11, 10, 61, 21), word(140, 80, 190, 90)], []]
+  other = word(100, 50, 150, 60, "888")  # in its place, and another sign
+  frames = [[overlay, moved], [word(11, 10, 61, 21, "SA1E"), word(140, 80, 190, 90), other], []]
   kept = [[each.box[0].tolist() for each in found] for found in text.lasting(frames, [1, 1, 1], 2)]
   assert kept == [[[10, 10]], [[11, 10]], []]
   assert text.lasting(frames, [1, 1, 1], 1) == frames
