@@ -38,6 +38,7 @@ _CHROMA = ("410", "411", "420", "422", "440", "444")
 _PLANAR = frozenset(f"yuv{kind}{chroma}p" for kind in ("", "j", "a") for chroma in _CHROMA) | {
   *("gray", "nv12", "nv21")
 }
+_STARTS = 300  # seconds that a child may take to start
 _POLL = 0.2  # seconds between two looks at a child's memory
 
 
@@ -268,12 +269,13 @@ def _serve(connection, limits: Limits) -> None:
   _limit_memory(limits.memory)
   cv2.setNumThreads(1)  # many files at once keep the cores busier than many threads on a file
   av.logging.set_level(av.logging.PANIC)
+  connection.send(("ready", None))
   while True:
     try:
-      function, arguments = connection.recv()
-    except EOFError:  # the parent is gone
-      return
-    try:
+      try:
+        function, arguments = connection.recv()
+      except EOFError:  # the parent is gone
+        return
       answer = ("done", function(*arguments))
     except DecodeError as error:
       answer = ("file", (error.code, str(error)))
@@ -333,7 +335,7 @@ class Guard:
 
     Raises:
       DecodeError: the file is at fault, or the child crashed, hung or grew over it.
-      UserError: as the function raised it.
+      UserError: as the function raised it, or no child could be started.
       RuntimeError: the function is at fault, with its traceback.
     """
     self._start()
@@ -380,6 +382,17 @@ class Guard:
     self._process.start()
     theirs.close()
     self.started += 1
+    # To start is no part of a file's deadline; on a busy machine it takes long.
+    try:
+      ready = self._connection.poll(_STARTS) and self._connection.recv()
+    except EOFError:
+      ready = False
+    if not ready:
+      self.close()
+      raise UserError(
+        f"The process that decodes did not start within {_STARTS} s or died at it; is"
+        f" limits.memory, {self.limits.memory:,} bytes, enough to load the libraries?"
+      )
 
 
 def _resident(pid: int) -> int:

@@ -80,7 +80,7 @@ def code_of(guard, function, *arguments):
 
 
 def test_hangs_crashes_and_hunger_are_error_codes_and_the_next_file_is_fine():
-  with Guard(Limits(memory=1 << 30, patience=4.0)) as guard:
+  with Guard(Limits(memory=1 << 30, patience=8.0)) as guard:
     first = guard.call(pid)
     assert guard.call(pid) == first
     assert code_of(guard, aborts) == "crashed"
@@ -89,7 +89,7 @@ def test_hangs_crashes_and_hunger_are_error_codes_and_the_next_file_is_fine():
     assert guard.call(pid) != first
     before = time.monotonic()
     assert code_of(guard, sleeps, 60) == "decode_timeout"
-    assert time.monotonic() - before < 30
+    assert time.monotonic() - before < 60
     with pytest.raises(RuntimeError, match="a bug of ours"):
       guard.call(stumbles)
     assert guard.call(hoards, 1) == 1
@@ -97,9 +97,14 @@ def test_hangs_crashes_and_hunger_are_error_codes_and_the_next_file_is_fine():
 
 
 def test_a_long_file_has_a_later_deadline():
-  with Guard(Limits(patience=2.0, slowest=20.0)) as guard:
+  with Guard(Limits(patience=6.0, slowest=20.0)) as guard:
     guard.call(pid)
-    assert guard.call(announces_and_sleeps, 3) == "done"
+    assert guard.call(announces_and_sleeps, 7) == "done"
+
+
+def test_a_limit_that_nothing_fits_in_is_an_error_code_too():
+  with Guard(Limits(memory=1 << 20)) as guard:
+    assert code_of(guard, pid) == "out_of_memory"
 
 
 def test_a_link_out_of_the_folder_is_refused(tmp_path):
