@@ -100,7 +100,6 @@ class Observer:
     self._settings, self._width = settings, width
     self._taker = sampling.Taker(sampling.spread(settings.frames, seconds))
     self._frames: list[np.ndarray] = []
-    self._stands_for: list[int] = []
     self._last = None
 
   def frame(self, frame: stage.Frame) -> None:
@@ -108,19 +107,18 @@ class Observer:
       return
     rgb = frame.rgb_at(self._width)
     thumb = cv2.resize(rgb[..., 1], _THUMB, interpolation=cv2.INTER_AREA).astype(np.float32)
-    if self._last is not None and np.abs(thumb - self._last).mean() < _CHANGED:
-      self._stands_for[-1] += 1
-      return
-    self._frames.append(rgb)
-    self._stands_for.append(1)
-    self._last = thumb
+    known = self._last is not None and np.abs(thumb - self._last).mean() < _CHANGED
+    # Who asks what stays in its place needs to see the same picture twice.
+    if not known or self._settings.steady > 1:
+      self._frames.append(rgb)
+      self._last = thumb
 
   def scores(self) -> dict[str, Any]:
     if not self._frames:
       return dict.fromkeys(Text.columns)
     reader = READERS[self._settings.reader](self._settings.side)
     found = [words(rgb, reader, self._settings) for rgb in self._frames]
-    found = lasting(found, self._stands_for, self._settings.steady)
+    found = lasting(found, self._settings.steady)
     best = max(found, key=score)
     height, width = self._frames[0].shape[:2]
     return {
@@ -153,25 +151,16 @@ def score(found: Sequence[Word]) -> float:
   return max((word.detection * word.recognition for word in found), default=0.0)
 
 
-def lasting(
-  found: Sequence[Sequence[Word]], stands_for: Sequence[int], steady: int
-) -> list[list[Word]]:
-  """The words of each frame that are on at least `steady` of the sampled frames.
-
-  `stands_for` says how many sampled frames each one that was read stands for.
-  """
-  kept = []
-  for index, here in enumerate(found):
-    kept.append([])
-    for word in here:
-      seen = stands_for[index] + sum(
-        count
-        for other, count in zip(found, stands_for, strict=True)
-        if other is not here and any(is_same(word, each) for each in other)
-      )
-      if seen >= steady:
-        kept[-1].append(word)
-  return kept
+def lasting(found: Sequence[Sequence[Word]], steady: int) -> list[list[Word]]:
+  """The words of each frame that are on at least `steady` of the frames."""
+  return [
+    [
+      word
+      for word in here
+      if sum(any(is_same(word, w) for w in there) for there in found) >= steady
+    ]
+    for here in found
+  ]
 
 
 def is_same(first: Word, second: Word) -> bool:

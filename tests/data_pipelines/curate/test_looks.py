@@ -74,10 +74,9 @@ def test_an_overlay_stays_and_what_moves_does_not():
   overlay, moved = word(10, 10, 60, 20), word(100, 50, 150, 60)
   other = word(100, 50, 150, 60, "888")  # in its place, and another sign
   frames = [[overlay, moved], [word(11, 10, 61, 21, "SA1E"), word(140, 80, 190, 90), other], []]
-  kept = [[each.box[0].tolist() for each in found] for found in text.lasting(frames, [1, 1, 1], 2)]
+  kept = [[each.box[0].tolist() for each in found] for found in text.lasting(frames, 2)]
   assert kept == [[[10, 10]], [[11, 10]], []]
-  assert text.lasting(frames, [1, 1, 1], 1) == frames
-  assert text.lasting(frames, [2, 1, 1], 3)[0] == [overlay]  # its frame stands for two
+  assert text.lasting(frames, 1) == frames
   with pytest.raises(ConfigError, match="steady"):
     text.Text(frames=2, steady=3)
 
@@ -89,6 +88,7 @@ def test_a_still_picture_is_read_once(monkeypatch):
   assert show(text.Text(frames=4), still)["text_frames"] == reader.frames == 1
   changing = np.repeat(np.arange(40, dtype=np.uint8) * 6, 64 * 64 * 3).reshape(still.shape)
   assert show(text.Text(frames=4), changing)["text_frames"] == 4
+  assert show(text.Text(steady=2), still)["text_frames"] == 3
   assert show(text.Text(), still[:0])["text_score"] is None  # nothing was seen: no score
 
 
