@@ -192,11 +192,12 @@ def check_stream(container, stream, path: str, limits: Limits) -> float:
       f"{path} says that its frames are {context.width} x {context.height} pixels; at most"
       f" {limits.pixels:,} pixels are read.",
     )
-  duration = track_duration(stream) or header_duration(container, stream)
-  if duration > limits.duration:
+  claimed = header_duration(container, stream)
+  duration = track_duration(stream) or claimed
+  if max(claimed, duration) > limits.duration:
     raise DecodeError(
       "too_long",
-      f"{path} says that it lasts {duration:.0f} s; at most {limits.duration:.0f} s are read.",
+      f"{path} says that it lasts {max(claimed, duration):.0f} s; at most {limits.duration:.0f} s are read.",
     )
   refuse_truncated(stream, path)
   # A damaged frame is a fault of the file, not something to guess over.
