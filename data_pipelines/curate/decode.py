@@ -192,16 +192,30 @@ def check_stream(container, stream, path: str, limits: Limits) -> float:
       f"{path} says that its frames are {context.width} x {context.height} pixels; at most"
       f" {limits.pixels:,} pixels are read.",
     )
-  duration = header_duration(container, stream)
-  if duration > limits.duration:
+  claimed = header_duration(container, stream)
+  duration = track_duration(stream) or claimed
+  if max(claimed, duration) > limits.duration:
     raise DecodeError(
       "too_long",
-      f"{path} says that it lasts {duration:.0f} s; at most {limits.duration:.0f} s are read.",
+      f"{path} says that it lasts {max(claimed, duration):.0f} s; at most {limits.duration:.0f} s are read.",
     )
   refuse_truncated(stream, path)
   # A damaged frame is a fault of the file, not something to guess over.
   context.options = {"err_detect": "explode", "max_pixels": str(limits.pixels)}
   return duration
+
+
+def track_duration(stream) -> float:
+  """Seconds of the video alone; 0 if only the length of the whole file is stated."""
+  if stream.duration:
+    return float(stream.duration * stream.time_base)
+  parts = stream.metadata.get("DURATION", "").split(":")  # Matroska's, of when it ends
+  try:
+    hours, minutes, seconds = map(float, parts)
+  except ValueError:
+    return 0.0
+  end = 3600 * hours + 60 * minutes + seconds
+  return max(0.0, end - float((stream.start_time or 0) * stream.time_base))
 
 
 def decode_frames(
@@ -214,6 +228,20 @@ def decode_frames(
   Raises DecodeError for whatever is wrong with the file; of a whole file also if its last frame is
   long before the end that its header promises.
   """
+  if start > 1.0:  # less is quicker to decode than to seek
+    frames = _frames(path, limits, start, end, vectors, seek=True)
+    try:
+      first = next(frames, None)
+    except DecodeError:  # what follows a key frame may need what comes before it
+      first = None
+    if first is not None:
+      yield first
+      yield from frames
+      return
+  yield from _frames(path, limits, start, end, vectors, seek=False)
+
+
+def _frames(path, limits, start, end, vectors, seek) -> Iterator[tuple[float, int, Forms]]:
   try:
     with open_checked(path, limits) as container:
       stream = video_stream(container, path)
@@ -224,8 +252,8 @@ def decode_frames(
         _announce((end or duration) - start)
       base, aspect = float(stream.time_base), pixel_aspect(stream)
       first = stream.start_time
-      if start > 1.0 and first is not None:  # less is quicker to decode than to seek
-        container.seek(int(start / base) + first, stream=stream)
+      if seek:
+        container.seek(int(start / base) + (first or 0), stream=stream)
       step = 1 / float(stream.average_rate or stream.guessed_rate or 25)
       time = None
       for frame in container.decode(stream):
@@ -238,6 +266,8 @@ def decode_frames(
           first = frame.pts if first is None else first
           last, time = time, (frame.pts - first) * base
           pts = frame.pts
+        if last is None and seek and time > start:
+          return  # too far
         if last is not None and time <= last:
           continue  # the picture of a moment is its first
         if end is not None and time >= end - 1e-6:
@@ -246,15 +276,23 @@ def decode_frames(
           yield time, pts, Forms(frame, aspect)
       if time is None:
         raise DecodeError("damaged", f"{path} has no frame that can be decoded.")
-      # Without a length of its own, a stream may end well before the sound does.
-      slack = 0.1 if stream.duration else max(0.5, 0.02 * duration)
-      if duration - time > 2 * step + slack:
+      if _promised(container, stream, duration) - time > 2 * step:
         raise DecodeError(
           "truncated",
           f"{path} ends at {time:.2f} s, its header says {duration:.2f} s; copy it again.",
         )
   except (av.FFmpegError, MediaError, MemoryError, OSError) as error:
     raise explain(error, path) from error
+
+
+def _promised(container, stream, duration) -> float:
+  """Seconds at which the last frame must have ended, by a header that says `duration`."""
+  if track_duration(stream):
+    return duration - 0.1
+  if container.streams.audio:
+    return 0.0  # it may be the length of the sound
+  # It may count from before the first frame.
+  return duration - 0.5 - max(0.0, float((stream.start_time or 0) * stream.time_base))
 
 
 # The child
