@@ -38,7 +38,8 @@ class Catalogue:
     self._errors: list[str] = []
     self._known: list[Stage] = []
     self._database = duckdb.connect()
-    self._database.execute("SET threads = 2; SET preserve_insertion_order = true")
+    spill = _text(str(store.root / ".duckdb.part"))  # what does not fit into memory
+    self._database.execute(f"SET threads = 2; SET temp_directory = {spill}")
     listed = sources.read(store.root).select([*SOURCE_COLUMNS, "partition"])
     self._replace("items", listed)
 
@@ -132,7 +133,7 @@ class Catalogue:
     return table
 
   def decide(self) -> pa.Table:
-    """Every item with all scores and, in this order at the end:
+    """Every item with all scores (descriptors stay in their parts) and, in this order at the end:
 
     error_code, error: why a file or a clip could not be scored, or null.
     first_fail: its error, or the reason of the first rule in the order of Table 38 that it fails;
@@ -157,7 +158,8 @@ class Catalogue:
       ]
     )
     columns = dict.fromkeys(["partition", *SOURCE_COLUMNS, *CLIP_KEYS])
-    columns |= dict.fromkeys(self.recipe.column_types())
+    scores = self.recipe.column_types()
+    columns |= dict.fromkeys(name for name in scores if not _is_descriptor(scores[name]))
     known = set(self._columns("items"))
     names = ", ".join(_quoted(name) for name in columns if name in known)
     return self._query(
@@ -210,6 +212,12 @@ def digest(table: pa.Table) -> str:
   with pa.ipc.new_stream(sink, table.schema) as writer:
     writer.write_table(table.combine_chunks())
   return hashlib.sha256(sink.getvalue()).hexdigest()
+
+
+def _is_descriptor(kind: pa.DataType) -> bool:
+  """Embeddings and hashes: what stages compare, and nobody reads."""
+  inner = kind.value_type if pa.types.is_list(kind) else kind
+  return pa.types.is_binary(inner) or (inner is not kind and pa.types.is_float32(inner))
 
 
 def _keeps(rule: Rule) -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from data_pipelines.curate.recipe import SOURCE_COLUMNS
 from data_pipelines.curate.store import read_table, rows_of, table_of, write_table
@@ -155,9 +154,9 @@ def _unusable(name: str, code: str) -> dict[str, Any]:
   return {"source_id": digest, "listed_error": code}
 
 
-def of_partition(table: pa.Table, partition: int) -> list[dict[str, Any]]:
-  """The rows of one partition, in order of (source_id, copy)."""
-  return rows_of(table.filter(pc.field("partition") == partition))
+def of_partition(store_root: Path, partition: int) -> list[dict[str, Any]]:
+  """The rows of one partition of what `update` wrote, in order of (source_id, copy)."""
+  return rows_of(read_table(store_root / NAME, [("partition", "==", partition)]))
 
 
 def read(store_root: Path) -> pa.Table:

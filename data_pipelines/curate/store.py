@@ -145,10 +145,10 @@ def write_table(path: Path, table: pa.Table) -> tuple[int, str]:
   return size, digest
 
 
-def read_table(path: Path) -> pa.Table:
-  """A whole Parquet file; raises CorruptPart."""
+def read_table(path: Path, filters: Sequence[tuple] | None = None) -> pa.Table:
+  """A Parquet file, or its rows that meet `filters` (as PyArrow takes them); raises CorruptPart."""
   try:
-    return pq.read_table(path, partitioning=None)
+    return pq.read_table(path, partitioning=None, filters=filters)
   except (OSError, pa.ArrowException) as error:
     raise CorruptPart(
       f"{path} cannot be read ({str(error).splitlines()[0]}); delete it and run again."

@@ -59,7 +59,7 @@ class Done:
 def run_task(task: Task) -> Done:
   """Computes and commits one unit; what was committed before is left as it is."""
   unit = _Unit(task)
-  listed = sources.of_partition(sources.read(unit.store.root), task.partition)
+  listed = sources.of_partition(unit.store.root, task.partition)
   if task.phase == 0:
     for row in listed:
       unit.do_source(row)
@@ -329,7 +329,7 @@ def part_types(recipe: Recipe, stage: Stage) -> dict[str, pa.DataType]:
 
 def clip_rows(store: Store, recipe: Recipe, partition: int, phase: int) -> list[Row]:
   """The clips of a partition with all columns that the phases before `phase` wrote, in order."""
-  listed = sources.of_partition(sources.read(store.root), partition)
+  listed = sources.of_partition(store.root, partition)
   by_source = {_source_key(row): {n: row[n] for n in SOURCE_COLUMNS} for row in listed}
   clips: dict[str, Row] = {}
   for row in _part(store, recipe, recipe.split, partition):

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipelines.curate import columns, draws, stage
-from data_pipelines.curate.stages.copies import faiss_threads, groups
+from data_pipelines.curate.stages.copies import Groups, faiss_threads
 from mgen_jax.errors import ConfigError
 
 _BLOCK = 1024  # centres that are compared with all others at a time
@@ -97,13 +97,14 @@ def cluster(vectors: np.ndarray, count: int, iterations: int, merge: float) -> n
     kmeans.train(vectors)
     _, nearest = kmeans.index.search(vectors, 1)
   centres = kmeans.centroids
-  alike = []
+  joined = Groups(range(count))
   for start in range(0, count, _BLOCK):
     cosines = centres[start : start + _BLOCK] @ centres.T
     pairs = np.argwhere(cosines >= merge).tolist()
-    alike += [(start + i, j) for i, j in pairs if start + i < j]
-  joined = np.array(groups(count, alike))[nearest[:, 0]]
-  _, first, labels = np.unique(joined, return_index=True, return_inverse=True)
+    for i, j in pairs:
+      joined.join(start + i, j)
+  heads = np.array([joined.head(i) for i in range(count)])[nearest[:, 0]]
+  _, first, labels = np.unique(heads, return_index=True, return_inverse=True)
   return np.argsort(np.argsort(first))[labels]
 
 

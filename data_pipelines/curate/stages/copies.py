@@ -2,9 +2,10 @@
 
 Found are pairs: by equal packets and span, then by what `hashes` wrote. Two clips are as alike as
 their frames are at the best shift of one against the other; embeddings are alike by their cosine.
-What is stored is how alike a clip is to a better one, so that another threshold is a query. Groups
-are the connected parts of the pairs (union-find), and all but its winner leave a group. The winner
-is the clip with the most pixels, then the best looks, then the longest, then the smallest id.
+Groups are the connected parts of the pairs (union-find), and all but its winner leave a group. The
+winner is the clip with the most pixels, then the best looks, then the longest, then the smallest
+id. What is stored of a clip is the similarity at which it falls into the group of a better one, so
+that groups at any other threshold are a query.
 
 Comparing every clip with every other is exact up to `exact_up_to` rows; beyond, each is compared
 with those of its nearest cells only (faiss, inverted lists).
@@ -12,7 +13,6 @@ with those of its nearest cells only (faiss, inverted lists).
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -41,7 +41,7 @@ class Copies(stage.TableStage):
 
   name = "copies"
   columns = {
-    "copy_similarity": pa.float64(),  # to the most similar clip that ranks above it; 0: to none
+    "copy_similarity": pa.float64(),  # at which it falls into a better clip's group; 0: never
     "copy_of": pa.string(),  # that clip; "" for none
     "copy_group": pa.string(),  # the winner of its group, at `grouped_at`
   }
@@ -100,15 +100,12 @@ class Copies(stage.TableStage):
 
 def rank(table: pa.Table) -> list[int]:
   """The place of each clip, 0 for the best: pixels, looks, length, and then its id."""
-  columns = {
-    name: table[name].to_pylist()
-    for name in ("width", "height", "aesthetics", "start", "end", "clip_id")
-  }
+  names = ("width", "height", "aesthetics", "start", "end", "clip_id")
+  width, height, looks, start, end, ids = (table[name].to_pylist() for name in names)
 
   def key(i):
-    pixels = (columns["width"][i] or 0) * (columns["height"][i] or 0)
-    seconds = (columns["end"][i] or 0) - (columns["start"][i] or 0)
-    return -pixels, -(columns["aesthetics"][i] or 0.0), -seconds, columns["clip_id"][i]
+    pixels = (width[i] or 0) * (height[i] or 0)
+    return -pixels, -(looks[i] or 0.0), (start[i] or 0) - (end[i] or 0), ids[i]
 
   places = [0] * table.num_rows
   for place, index in enumerate(sorted(range(table.num_rows), key=key)):
@@ -118,13 +115,12 @@ def rank(table: pa.Table) -> list[int]:
 
 def exact_pairs(table: pa.Table) -> Iterator[tuple[tuple[int, int], float]]:
   """Clips of the same packets and the same span, with similarity 1, as a chain in each group."""
-  groups: dict[bytes, list[int]] = {}
-  columns = (table[name].to_pylist() for name in ("packets_md5", "start", "end"))
-  for index, (digest, start, end) in enumerate(zip(*columns, strict=True)):
+  equal: dict[tuple, list[int]] = {}
+  found = (table[name].to_pylist() for name in ("packets_md5", "start", "end"))
+  for index, (digest, start, end) in enumerate(zip(*found, strict=True)):
     if digest is not None and start is not None and end is not None:
-      key = hashlib.sha256(f"{digest}|{start:.3f}|{end:.3f}".encode()).digest()
-      groups.setdefault(key, []).append(index)
-  for members in groups.values():
+      equal.setdefault((digest, round(start, 3), round(end, 3)), []).append(index)
+  for members in equal.values():
     yield from (((i, j), 1.0) for i, j in itertools.pairwise(members))
 
 
@@ -144,9 +140,10 @@ def near_hashes(
 ) -> Iterator[tuple[int, int]]:
   """Pairs (i < j) of clips with two frames whose hashes differ in at most `radius` bits.
 
-  `frames` are uint8 [n_i, 32] of each clip; n_i may be 0.
+  `frames` are uint8 [n_i, 32] of each clip; n_i may be 0. Blank frames do not count: else every
+  clip with a fade would have to be compared with every other.
   """
-  distinct = [np.unique(clip, axis=0) for clip in frames]
+  distinct = [np.unique(clip[clip.any(axis=1)], axis=0) for clip in frames]
   owner = np.repeat(np.arange(len(frames)), [len(clip) for clip in distinct])
   if not len(owner):
     return
@@ -205,53 +202,64 @@ def near_vectors(
 def aligned(first: np.ndarray, second: np.ndarray) -> float:
   """How alike two rows of hashes uint8 [n, 32] and [m, 32] are, at the best shift in time.
 
-  1 - the mean share of differing bits over the frames that lie on each other; at least half of the
-  shorter one must.
+  1 - the mean share of differing bits over the frames that lie on each other and of which neither
+  is blank; those must be half of the shorter one's.
   """
-  if not len(first) or not len(second):
-    return 0.0
+  shown = first.any(axis=1), second.any(axis=1)
+  least = max(1, int(np.ceil(_OVERLAP * min(shown[0].sum(), shown[1].sum()))))
   differ = _BIT_COUNT[first[:, None] ^ second[None]].sum(axis=-1, dtype=np.int64)  # [n, m]
-  n, m = differ.shape
-  least = max(1, int(np.ceil(_OVERLAP * min(n, m))))
-  best = min(
-    float(np.diagonal(differ, shift).mean())
-    for shift in range(-n + 1, m)
-    if min(n, m, n + shift, m - shift) >= least
-  )
-  return 1 - best / BITS
+  both = shown[0][:, None] & shown[1]
+  best = 1.0
+  for shift in range(-len(first) + 1, len(second)):
+    counts = np.diagonal(both, shift)
+    if counts.sum() >= least:
+      best = min(best, float(np.diagonal(differ, shift)[counts].mean()) / BITS)
+  return 1 - best
 
 
-def groups(count: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
-  """Union-find: for each of `count` things the smallest thing that it is connected with."""
-  parent = list(range(count))
+class Groups:
+  """Union-find of things 0, 1, ...; of each group the member with the smallest rank is its head."""
 
-  def root(i):
-    while parent[i] != i:
-      parent[i] = parent[parent[i]]
-      i = parent[i]
-    return i
+  def __init__(self, ranks: Sequence[int]):
+    self._ranks = ranks
+    self._parent = list(range(len(ranks)))
 
-  for i, j in pairs:
-    a, b = root(i), root(j)
-    parent[max(a, b)] = min(a, b)
-  return [root(i) for i in range(count)]
+  def head(self, thing: int) -> int:
+    """Of the group that a thing is in."""
+    parent = self._parent
+    while parent[thing] != thing:
+      parent[thing] = parent[parent[thing]]
+      thing = parent[thing]
+    return thing
+
+  def join(self, first: int, second: int) -> tuple[int, int] | None:
+    """Makes one group of two; (its head, the head that it replaces), None if it was one."""
+    heads = sorted((self.head(first), self.head(second)), key=lambda each: self._ranks[each])
+    if heads[0] == heads[1]:
+      return None
+    self._parent[heads[1]] = heads[0]
+    return heads[0], heads[1]
 
 
 def describe(
   ids: Sequence[str], ranks: Sequence[int], pairs: dict[tuple[int, int], float], grouped_at: float
 ) -> dict[str, Any]:
-  """The columns of `Copies` from pairs (i < j) and their similarities."""
-  best = [(0.0, "")] * len(ids)
-  for (i, j), similarity in pairs.items():
-    worse, better = (i, j) if ranks[i] > ranks[j] else (j, i)
-    if (similarity, ids[better]) > best[worse]:
-      best[worse] = (similarity, ids[better])
-  roots = groups(len(ids), [pair for pair, s in pairs.items() if s >= grouped_at])
-  winners: dict[int, int] = {}
-  for index, root in enumerate(roots):
-    winners[root] = min(winners.get(root, index), index, key=lambda i: ranks[i])
+  """The columns of `Copies` from pairs (i < j) and their similarities.
+
+  Pairs are joined from the most similar one on, so the groups at a threshold are those when it is
+  reached, and a clip is the winner of its group until it is joined to a better one.
+  """
+  joined = Groups(ranks)
+  fell: list[tuple[float, str]] = [(0.0, "")] * len(ids)
+  grouped = Groups(ranks)
+  for (i, j), similarity in sorted(pairs.items(), key=lambda item: (-item[1], item[0])):
+    heads = joined.join(i, j)
+    if heads:
+      fell[heads[1]] = (similarity, ids[heads[0]])
+      if similarity >= grouped_at:
+        grouped.join(i, j)
   return {
-    "copy_similarity": [similarity for similarity, _ in best],
-    "copy_of": [other for _, other in best],
-    "copy_group": [ids[winners[root]] for root in roots],
+    "copy_similarity": [similarity for similarity, _ in fell],
+    "copy_of": [other for _, other in fell],
+    "copy_group": [ids[grouped.head(i)] for i in range(len(ids))],
   }

@@ -20,6 +20,8 @@ from data_pipelines.curate.stages import sampling
 from mgen_jax.errors import ConfigError
 
 BITS = 256
+BLANK = bytes(BITS // 8)  # the hash of a frame without anything to recognise: black, or one colour
+_QUALITY = 5  # of PDQ's 0 to 100, below which a frame is blank
 _WIDTH = 256  # of the frame that is hashed, in pixels; PDQ looks at 64 x 64 of it
 
 
@@ -87,10 +89,10 @@ class Observer:
 
 
 def pdq(rgb: np.ndarray) -> bytes:
-  """The 32 bytes of PDQ of uint8 [H, W, 3]."""
+  """The 32 bytes of PDQ of uint8 [H, W, 3], or BLANK."""
   smallest = min(rgb.shape[:2])
   if smallest < 64:  # PDQ reads 64 x 64 points
     scale = 64 / smallest
     rgb = cv2.resize(rgb, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
-  bits, _ = pdqhash.compute(np.ascontiguousarray(rgb))
-  return np.packbits(bits).tobytes()
+  bits, quality = pdqhash.compute(np.ascontiguousarray(rgb))
+  return np.packbits(bits).tobytes() if quality >= _QUALITY else BLANK

@@ -8,6 +8,7 @@ cross are read as such), a word of fewer than two letters or digits.
 """
 
 import dataclasses
+import difflib
 import functools
 import importlib.metadata
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from mgen_jax.errors import ConfigError
 
 _CHANGED = 6.0  # mean difference of luma, in levels, between a frame read and the next to read
 _THUMB = (32, 32)
+_SAME_TEXT = 0.5  # share of their letters that two words have in common
 _SAME_PLACE = 0.3  # intersection over union; boxes of one word differ in their margins
 
 
@@ -64,7 +66,7 @@ class Text(stage.FrameStage):
   largest_box: float = 0.6  # share of the frame; more is no word
   least_elongation: float = 1.25  # longer over shorter side of a box
   least_letters: int = 2
-  # On how many of the sampled frames a word must be in the same place. 1 is the paper's rule; more
+  # On how many of the sampled frames a word must be, in the same place. 1 is the paper's rule; more
   # finds overlays only, and is not deceived by what moves through the picture.
   steady: int = 1
   max_score: float = stage.threshold(0.6)
@@ -98,7 +100,6 @@ class Observer:
     self._settings, self._width = settings, width
     self._taker = sampling.Taker(sampling.spread(settings.frames, seconds))
     self._frames: list[np.ndarray] = []
-    self._stands_for: list[int] = []
     self._last = None
 
   def frame(self, frame: stage.Frame) -> None:
@@ -106,19 +107,18 @@ class Observer:
       return
     rgb = frame.rgb_at(self._width)
     thumb = cv2.resize(rgb[..., 1], _THUMB, interpolation=cv2.INTER_AREA).astype(np.float32)
-    if self._last is not None and np.abs(thumb - self._last).mean() < _CHANGED:
-      self._stands_for[-1] += 1
-      return
-    self._frames.append(rgb)
-    self._stands_for.append(1)
-    self._last = thumb
+    known = self._last is not None and np.abs(thumb - self._last).mean() < _CHANGED
+    # Who asks what stays in its place needs to see the same picture twice.
+    if not known or self._settings.steady > 1:
+      self._frames.append(rgb)
+      self._last = thumb
 
   def scores(self) -> dict[str, Any]:
     if not self._frames:
       return dict.fromkeys(Text.columns)
     reader = READERS[self._settings.reader](self._settings.side)
     found = [words(rgb, reader, self._settings) for rgb in self._frames]
-    found = lasting(found, self._stands_for, self._settings.steady)
+    found = lasting(found, self._settings.steady)
     best = max(found, key=score)
     height, width = self._frames[0].shape[:2]
     return {
@@ -151,25 +151,22 @@ def score(found: Sequence[Word]) -> float:
   return max((word.detection * word.recognition for word in found), default=0.0)
 
 
-def lasting(
-  found: Sequence[Sequence[Word]], stands_for: Sequence[int], steady: int
-) -> list[list[Word]]:
-  """The words of each frame that are in the same place on at least `steady` of the sampled frames.
+def lasting(found: Sequence[Sequence[Word]], steady: int) -> list[list[Word]]:
+  """The words of each frame that are on at least `steady` of the frames."""
+  return [
+    [
+      word
+      for word in here
+      if sum(any(is_same(word, w) for w in there) for there in found) >= steady
+    ]
+    for here in found
+  ]
 
-  `stands_for` says how many sampled frames each one that was read stands for.
-  """
-  kept = []
-  for index, here in enumerate(found):
-    kept.append([])
-    for word in here:
-      seen = stands_for[index] + sum(
-        count
-        for other, count in zip(found, stands_for, strict=True)
-        if other is not here and any(overlap(word.box, each.box) >= _SAME_PLACE for each in other)
-      )
-      if seen >= steady:
-        kept[-1].append(word)
-  return kept
+
+def is_same(first: Word, second: Word) -> bool:
+  """Whether they lie in the same place and read alike: a reader errs in single letters."""
+  alike = difflib.SequenceMatcher(None, first.text, second.text, autojunk=False).ratio()
+  return alike >= _SAME_TEXT and overlap(first.box, second.box) >= _SAME_PLACE
 
 
 def overlap(first: np.ndarray, second: np.ndarray) -> float:

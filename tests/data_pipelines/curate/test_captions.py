@@ -17,7 +17,7 @@ from data_pipelines.curate import captioners
 from data_pipelines.curate.captioners import CaptionerConfig
 from data_pipelines.curate.stages import captions, sidecar
 from mgen_jax.errors import ConfigError, UserError
-from tests.data_pipelines.curate.test_looks import show
+from tests.data_pipelines.curate.looking import show
 
 CLIP = {
   "source_id": "ab" * 32, "copy": 0, "path": "day 1/a.mp4", "start_pts": 0, "end_pts": 5,

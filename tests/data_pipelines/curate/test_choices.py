@@ -1,12 +1,14 @@
 """Stages that know no frame: size, aspect, mixes, buckets, concepts, people."""
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from safetensors.numpy import save_file
 
+pytest.importorskip("pyarrow", reason="needs the extra: pip install mgen_jax[curate]")
 pytest.importorskip("faiss", reason="needs the extra: pip install mgen_jax[curate]")
 pytest.importorskip("cv2", reason="needs the extra: pip install mgen_jax[curate]")
+
+import pyarrow as pa
 
 from data_pipelines.curate import columns, draws
 from data_pipelines.curate.recipe import passes

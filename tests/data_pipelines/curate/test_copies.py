@@ -1,20 +1,22 @@
 """Copies: exact, by hash, by embedding; who wins; and what the hashes cannot see."""
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
+pytest.importorskip("pyarrow", reason="needs the extra: pip install mgen_jax[curate]")
 pytest.importorskip("cv2", reason="needs the extra: pip install mgen_jax[curate]")
 pytest.importorskip("faiss", reason="needs the extra: pip install mgen_jax[curate]")
 pytest.importorskip("pdqhash", reason="needs the extra: pip install mgen_jax[curate]")
+
+import pyarrow as pa
 
 from data_pipelines.curate.planted import remux
 from data_pipelines.curate.recipe import passes
 from data_pipelines.curate.stages import copies, hashes, packets
 from mgen_jax.data import marbles, media
 from mgen_jax.errors import ConfigError, UserError
+from tests.data_pipelines.curate.looking import show
 from tests.data_pipelines.curate.onnx_file import write_mean_colour
-from tests.data_pipelines.curate.test_looks import show
 
 FPS = 12.0
 
@@ -73,7 +75,30 @@ def test_equal_packets_and_span_are_one_group_and_the_winner_is_the_best():
   (rule,) = stage.rules()
   kept = [passes(rule, row["copy_similarity"]) for row in found]
   assert kept == [False, True, False, True, True, True]
-  assert found[1]["copy_of"] == "" and found[0]["copy_of"] != ""
+  assert [row["copy_of"] for row in found] == ["0001", "", "0001", "", "", ""]
+
+
+def test_a_group_at_any_threshold_has_one_winner_by_the_stored_score():
+  """Union-find over the pairs at that threshold, done anew, keeps the same clips."""
+  rng = np.random.default_rng(0)
+  ids = [f"{i:03d}" for i in range(60)]
+  for _ in range(20):
+    ranks = rng.permutation(60).tolist()
+    edges = {tuple(sorted(rng.choice(60, 2, replace=False).tolist())) for _ in range(70)}
+    pairs = {edge: float(rng.choice([0.91, 0.93, 0.95, 0.97, 1.0])) for edge in edges}
+    for least in (0.9, 0.94, 0.96, 0.99):
+      made = copies.describe(ids, ranks, pairs, least)
+      parts = {i: {i} for i in range(60)}
+      for (i, j), similarity in pairs.items():
+        if similarity >= least and parts[i] is not parts[j]:
+          parts[i] |= parts[j]
+          for member in parts[j]:
+            parts[member] = parts[i]
+      winners = {min(part, key=lambda i: ranks[i]) for part in parts.values()}
+      kept = {i for i, similarity in enumerate(made["copy_similarity"]) if similarity < least}
+      assert kept == winners
+      expected = [ids[min(parts[i], key=lambda i: ranks[i])] for i in range(60)]
+      assert made["copy_group"] == expected
 
 
 def test_the_best_has_most_pixels_then_looks_then_length_then_the_smallest_id():
@@ -115,6 +140,18 @@ def test_an_overlap_of_less_than_half_is_no_copy():
   assert copies.aligned(film, other) < 0.6
   assert copies.aligned(film, film[8:]) == 1.0
   assert copies.aligned(film, film[:0]) == 0.0
+
+
+def test_blank_frames_make_no_copies():
+  rng = np.random.default_rng(0)
+  films = rng.integers(0, 256, (6, 12, 32), np.uint8)
+  films[:, :8] = 0  # a long fade in
+  assert list(copies.near_hashes([*films], 25, 10**6)) == []
+  assert copies.aligned(films[0], films[1]) < 0.7
+  assert copies.aligned(films[0], films[0][3:]) == 1.0
+  assert copies.aligned(films[0][:8], films[1][:8]) == 0.0
+  assert hashes.pdq(np.full((64, 96, 3), 16, np.uint8)) == hashes.BLANK
+  assert hashes.pdq(rng.integers(0, 256, (64, 96, 3), np.uint8)) != hashes.BLANK
 
 
 def test_cells_find_what_comparing_all_finds():

@@ -10,32 +10,16 @@ pytest.importorskip("rapidocr", reason="needs the extra: pip install mgen_jax[cu
 
 import cv2
 
-from data_pipelines.curate import models, stage
+from data_pipelines.curate import models
 from data_pipelines.curate.recipe import passes
 from data_pipelines.curate.stages import aesthetics, embedding, humans, sampling, text
 from mgen_jax.data import marbles
 from mgen_jax.data.marbles import defects
 from mgen_jax.errors import ConfigError, UserError
+from tests.data_pipelines.curate.looking import show
 from tests.data_pipelines.curate.onnx_file import write_mean_colour
 
 WORLD = marbles.WorldConfig(motions=("moves left", "moves right"), sizes=("large",))
-
-
-def show(settings, video, fps=10.0, **row):
-  """The scores of a clip, its frames given one by one."""
-  height, width = video.shape[1:3]
-  known = {"start": 0.0, "end": len(video) / fps, "width": width, "height": height, **row}
-  observer = settings.observer(known)
-  for index, rgb in enumerate(video):
-
-    def read(form, width, rgb=rgb):
-      wide = rgb.shape[1]
-      scale = min(1.0, (width or wide) / wide)
-      small = cv2.resize(rgb, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-      return small if form == "rgb" else cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
-
-    observer.frame(stage.Frame(index, index / fps, index, read))
-  return observer.scores()
 
 
 def test_frames_are_taken_in_the_middle_of_equal_parts():
@@ -88,11 +72,11 @@ def test_what_is_no_word_does_not_count(no_word):
 
 def test_an_overlay_stays_and_what_moves_does_not():
   overlay, moved = word(10, 10, 60, 20), word(100, 50, 150, 60)
-  frames = [[overlay, moved], [word(11, 10, 61, 21), word(140, 80, 190, 90)], []]
-  kept = [[each.box[0].tolist() for each in found] for found in text.lasting(frames, [1, 1, 1], 2)]
+  other = word(100, 50, 150, 60, "888")  # in its place, and another sign
+  frames = [[overlay, moved], [word(11, 10, 61, 21, "SA1E"), word(140, 80, 190, 90), other], []]
+  kept = [[each.box[0].tolist() for each in found] for found in text.lasting(frames, 2)]
   assert kept == [[[10, 10]], [[11, 10]], []]
-  assert text.lasting(frames, [1, 1, 1], 1) == frames
-  assert text.lasting(frames, [2, 1, 1], 3)[0] == [overlay]  # its frame stands for two
+  assert text.lasting(frames, 1) == frames
   with pytest.raises(ConfigError, match="steady"):
     text.Text(frames=2, steady=3)
 
@@ -104,6 +88,7 @@ def test_a_still_picture_is_read_once(monkeypatch):
   assert show(text.Text(frames=4), still)["text_frames"] == reader.frames == 1
   changing = np.repeat(np.arange(40, dtype=np.uint8) * 6, 64 * 64 * 3).reshape(still.shape)
   assert show(text.Text(frames=4), changing)["text_frames"] == 4
+  assert show(text.Text(steady=2), still)["text_frames"] == 3
   assert show(text.Text(), still[:0])["text_score"] is None  # nothing was seen: no score
 
 
@@ -186,6 +171,8 @@ def test_networks_that_do_not_fit_are_refused_in_a_sentence(tmp_path):
   ):
     with pytest.raises(UserError, match=said):
       models.ImageModel(str(path), models.CLIP_MEAN, models.CLIP_STD)
+  with pytest.raises(UserError, match="YuNet"):
+    show(humans.Faces(model=str(tmp_path / "noise.onnx")), np.zeros((2, 64, 64, 3), np.uint8))
   with pytest.raises(UserError, match="no safetensors"):
     models.Head(tower)
   save_file({"layers.0.weight": np.zeros((4, 600), np.float32)}, tmp_path / "odd.safetensors")
