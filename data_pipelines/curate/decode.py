@@ -87,11 +87,11 @@ class Forms:
   It may outlive its container, so it holds no stream; `aspect` is that of the stream's pixels.
   """
 
-  def __init__(self, frame: av.VideoFrame, aspect: float):
+  def __init__(self, frame: av.VideoFrame, aspect: float, rotation: int | None = None):
     self.frame = frame
     self._aspect = aspect
+    self._rotation = frame.rotation if rotation is None else rotation
     self._known: dict[tuple[str, int | None], np.ndarray] = {}
-    self._turns = frame.rotation // 90
 
   def __call__(self, form: str, width: int | None) -> np.ndarray:
     key = (form, width)
@@ -103,20 +103,16 @@ class Forms:
     """The same picture to be kept for a while: no wider than that, nothing cached."""
     frame = self.frame
     if frame.width > widest:
-      rotation = self._turns
       height = max(2, round(frame.height * widest / frame.width))
       frame = reformatter().reformat(
         frame, width=widest, height=height, format="yuv420p",
         interpolation=Interpolation.AREA | EXACT, threads=1,
       )  # fmt: skip
-      small = Forms(frame, self._aspect)
-      small._turns = rotation
-      return small
-    return Forms(frame, self._aspect)
+    return Forms(frame, self._aspect, self._rotation)  # which scaling forgets
 
   def _size(self, width):
     """(width, height) as displayed, no wider than `width`."""
-    full = display_size(self.frame, self._aspect)
+    full = display_size(self.frame, self._aspect, self._rotation)
     if width is None or width >= full[0]:
       return full
     return width, max(1, round(full[1] * width / full[0]))
@@ -130,7 +126,8 @@ class Forms:
     plane = frame.planes[0]
     luma = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
     luma = luma[: frame.height, : frame.width]
-    return np.ascontiguousarray(np.rot90(luma, self._turns)) if self._turns % 4 else luma
+    turns = self._rotation // 90 % 4
+    return np.ascontiguousarray(np.rot90(luma, turns)) if turns else luma
 
   def _shrunk(self, width):
     """Halved while it can be, which is far quicker, then averaged down to the size."""
@@ -149,10 +146,8 @@ class Forms:
     return cv2.resize(luma, size, interpolation=cv2.INTER_AREA)
 
   def _rgb(self, width):
-    if width is None:
-      return frame_to_rgb(self.frame, self._aspect, None)
-    size = self._size(width)
-    return frame_to_rgb(self.frame, self._aspect, size[::-1])
+    size = None if width is None else self._size(width)[::-1]
+    return frame_to_rgb(self.frame, self._aspect, size, self._rotation)
 
 
 def explain(error: Exception, path: str) -> DecodeError:
@@ -192,12 +187,12 @@ def check_stream(container, stream, path: str, limits: Limits) -> float:
       f"{path} says that its frames are {context.width} x {context.height} pixels; at most"
       f" {limits.pixels:,} pixels are read.",
     )
-  claimed = header_duration(container, stream)
-  duration = track_duration(stream) or claimed
-  if max(claimed, duration) > limits.duration:
+  duration = track_duration(stream) or header_duration(container, stream)
+  claimed = max(duration, header_duration(container, stream))
+  if claimed > limits.duration:
     raise DecodeError(
       "too_long",
-      f"{path} says that it lasts {max(claimed, duration):.0f} s; at most {limits.duration:.0f} s are read.",
+      f"{path} says that it lasts {claimed:.0f} s; at most {limits.duration:.0f} s are read.",
     )
   refuse_truncated(stream, path)
   # A damaged frame is a fault of the file, not something to guess over.
@@ -303,7 +298,11 @@ _announce: Any = None  # in the child: tells the parent how much there is to do
 def _serve(connection, limits: Limits) -> None:
   """Answers (function, arguments) with ("done", result), ("file", ...) or ("bug", ...)."""
   global _announce
-  _announce = lambda seconds: connection.send(("length", seconds))  # noqa: E731
+
+  def announce(seconds: float) -> None:
+    connection.send(("length", seconds))
+
+  _announce = announce
   _limit_memory(limits.memory)
   cv2.setNumThreads(1)  # many files at once keep the cores busier than many threads on a file
   av.logging.set_level(av.logging.PANIC)

@@ -6,6 +6,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("cv2")
 
@@ -42,7 +43,7 @@ FORMS = {
 
 
 def write(path, codec="libx264", pixels="yuv420p", options=None, muxer=None, format=None,
-          aspect=None, start=0, sound=0, irregular=False):  # fmt: skip
+          aspect=None, rotation=None, start=0, sound=0, irregular=False):  # fmt: skip
   """A film in one of these forms; its frames' times in seconds."""
   steps = np.random.default_rng(0).integers(20, 150, FRAMES)
   times = np.cumsum(steps) if irregular else (np.arange(FRAMES) + start) * 1000 // FPS
@@ -51,6 +52,8 @@ def write(path, codec="libx264", pixels="yuv420p", options=None, muxer=None, for
     stream.width, stream.height, stream.pix_fmt = 96, 64, pixels
     if irregular or start:
       stream.codec_context.time_base = Fraction(1, 1000)
+    if rotation:
+      stream.set_display_rotation(rotation)
     if aspect:
       stream.codec_context.sample_aspect_ratio = aspect
     noise = container.add_stream("aac", rate=48000) if sound else None
@@ -92,6 +95,23 @@ def test_every_form_is_read_whole_and_in_part(name, tmp_path):
   part = read(path, 3.0, 5.0)
   assert part == [frame for frame in frames if 3.0 - 1e-6 <= frame[0] < 5.0 - 1e-6]
   assert len(part) > 10
+
+
+@pytest.mark.parametrize("rotation", [90, 180, -90])
+def test_frames_are_upright_however_they_are_stored(rotation, tmp_path):
+  path = tmp_path / "phone.mp4"
+  write(path, rotation=rotation)
+  probed = Probe().score(str(path))
+  upright = (96, 64) if rotation == 180 else (64, 96)
+  assert (probed["width"], probed["height"]) == upright
+  _, _, forms = next(decode_frames(str(path), Limits()))
+  rgb = forms("rgb", None).astype(float)
+  assert rgb.shape[:2] == upright[::-1]
+  shape = rgb.shape[:2]
+  for kept in (forms, forms.without_copies(1000), forms.without_copies(48)):
+    for luma in (kept("luma", None), kept("rgb", None).mean(axis=2)):
+      large = np.asarray(Image.fromarray(luma.astype(np.uint8)).resize(shape[::-1]), float)
+      assert np.corrcoef(large.ravel(), rgb.mean(axis=2).ravel())[0, 1] > 0.9
 
 
 def test_headers_are_read_without_a_decoder():
