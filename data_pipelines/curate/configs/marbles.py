@@ -23,9 +23,8 @@ def get_config():
     motion={"min_at_30": 0.1},
     vectors={"low": 0.02, "high": 30.0},
     aesthetics={"min_score": 3.5},
-    # Small words are found less surely, and shapes that meet are read as signs: only what stays in
-    # its place is text.
-    text={"frames": 2, "steady": 2, "side": 320, "max_score": 0.45},
+    # Shapes that meet are read as signs: only what stays in its place is text.
+    text={"frames": 2, "steady": 2, "side": 320},
     # Of plain areas PDQ's finer bits are noise; unrelated scenes differ in 0.40 of them and more.
     copies={"floor": 0.62, "grouped_at": 0.67, "max_similarity": 0.67},
     concepts={"keep": 1.0},

@@ -25,6 +25,11 @@ CLIP = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch):
+  monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
 @contextlib.contextmanager
 def server(answer):
   """An OpenAI-compatible server on a free port; answer(request, number) -> (status, body)."""
