@@ -87,10 +87,9 @@ class Forms:
   It may outlive its container, so it holds no stream; `aspect` is that of the stream's pixels.
   """
 
-  def __init__(self, frame: av.VideoFrame, aspect: float, rotation: int | None = None):
+  def __init__(self, frame: av.VideoFrame, aspect: float):
     self.frame = frame
     self._aspect = aspect
-    self._rotation = frame.rotation if rotation is None else rotation
     self._known: dict[tuple[str, int | None], np.ndarray] = {}
 
   def __call__(self, form: str, width: int | None) -> np.ndarray:
@@ -108,11 +107,11 @@ class Forms:
         frame, width=widest, height=height, format="yuv420p",
         interpolation=Interpolation.AREA | EXACT, threads=1,
       )  # fmt: skip
-    return Forms(frame, self._aspect, self._rotation)  # which scaling forgets
+    return Forms(frame, self._aspect)
 
   def _size(self, width):
     """(width, height) as displayed, no wider than `width`."""
-    full = display_size(self.frame, self._aspect, self._rotation)
+    full = display_size(self.frame, self._aspect)
     if width is None or width >= full[0]:
       return full
     return width, max(1, round(full[1] * width / full[0]))
@@ -126,7 +125,7 @@ class Forms:
     plane = frame.planes[0]
     luma = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
     luma = luma[: frame.height, : frame.width]
-    turns = self._rotation // 90 % 4
+    turns = self.frame.rotation // 90 % 4
     return np.ascontiguousarray(np.rot90(luma, turns)) if turns else luma
 
   def _shrunk(self, width):
@@ -147,7 +146,7 @@ class Forms:
 
   def _rgb(self, width):
     size = None if width is None else self._size(width)[::-1]
-    return frame_to_rgb(self.frame, self._aspect, size, self._rotation)
+    return frame_to_rgb(self.frame, self._aspect, size)
 
 
 def explain(error: Exception, path: str) -> DecodeError:
