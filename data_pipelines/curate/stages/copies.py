@@ -26,6 +26,7 @@ from data_pipelines.curate.stages.hashes import BITS
 from mgen_jax.errors import ConfigError, UserError
 
 _OVERLAP = 0.5  # least share of the shorter clip over which two are compared
+_PROBES = 8  # cells that a row is compared with
 _MANY = 50_000  # rows from which on a search takes all threads
 _BIT_COUNT = np.array([bin(value).count("1") for value in range(256)], np.uint8)
 
@@ -153,7 +154,8 @@ def near_hashes(
   else:
     cells = faiss.IndexBinaryFlat(BITS)
     index = faiss.IndexBinaryIVF(cells, BITS, int(np.sqrt(len(rows))))
-    index.nprobe = 8
+    index.nprobe = _PROBES
+    index.cp.niter, index.cp.max_points_per_centroid = 10, 64
     with faiss_threads(0):  # sums over threads would depend on how many there are
       index.train(rows)
   seen = set()
@@ -179,7 +181,8 @@ def near_vectors(
     cells = faiss.IndexFlatIP(vectors.shape[1])
     lists = int(np.sqrt(len(vectors)))
     index = faiss.IndexIVFFlat(cells, vectors.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
-    index.nprobe = 8
+    index.nprobe = _PROBES
+    index.cp.niter, index.cp.max_points_per_centroid = 10, 64
     with faiss_threads(0):
       index.train(vectors)
   with faiss_threads(len(vectors)):
