@@ -9,6 +9,7 @@ how one pass both finds the clips of a source and observes them is in `watch`.
 import dataclasses
 import multiprocessing
 import os
+import threading
 import time as clock
 import traceback
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ _PLANAR = frozenset(f"yuv{kind}{chroma}p" for kind in ("", "j", "a") for chroma 
   *("gray", "nv12", "nv21")
 }
 _STARTS = 300  # seconds that a child may take to start
+_ORPHANED = 2.0  # seconds between two looks at the parent
 _POLL = 0.2  # seconds between two looks at a child's memory
 
 
@@ -243,7 +245,7 @@ def _frames(path, limits, start, end, vectors, seek) -> Iterator[tuple[float, in
       if vectors:
         stream.codec_context.flags2 |= av.codec.context.Flags2.export_mvs
       if _announce is not None:
-        _announce((end or duration) - start)
+        _announce((end or duration) - (start if seek else 0.0))
       base, aspect = float(stream.time_base), pixel_aspect(stream)
       first = stream.start_time
       if seek:
@@ -302,6 +304,7 @@ def _serve(connection, limits: Limits) -> None:
     connection.send(("length", seconds))
 
   _announce = announce
+  threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
   _limit_memory(limits.memory)
   cv2.setNumThreads(1)  # many files at once keep the cores busier than many threads on a file
   av.logging.set_level(av.logging.PANIC)
@@ -325,6 +328,13 @@ def _serve(connection, limits: Limits) -> None:
       connection.send(("bug", traceback.format_exc()))
       raise
     connection.send(answer)
+
+
+def _leave_with(parent: int) -> None:
+  """Ends this process when its parent was killed: a file that hangs must not outlive the run."""
+  while os.getppid() == parent:
+    clock.sleep(_ORPHANED)
+  os._exit(1)
 
 
 def _limit_memory(memory: int | None) -> None:
