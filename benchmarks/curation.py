@@ -17,6 +17,7 @@ import resource
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent import futures
 from pathlib import Path
 
@@ -38,12 +39,13 @@ def write_films(folder: Path, count: int, height: int, width: int, seconds: floa
   jobs = [(folder / f"film{number:02d}.mp4", number, height, width, seconds)
           for number in range(count)]  # fmt: skip
   context = multiprocessing.get_context("spawn")
-  with futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+  with futures.ProcessPoolExecutor(min(count, os.cpu_count() or 1), mp_context=context) as pool:
     list(pool.map(write_film, *zip(*jobs, strict=True)))
 
 
 def write_film(path: Path, seed: int, height: int, width: int, seconds: float) -> None:
   """A window that moves over smooth noise, with grain: as hard to decode as a real film."""
+  path.parent.mkdir(parents=True, exist_ok=True)
   rng = np.random.default_rng(seed)
   large = rng.normal(0, 1, (height // 8, width // 8, 3)).astype(np.float32)
   large += cv2.resize(rng.normal(0, 2, (9, 16, 3)).astype(np.float32), large.shape[1::-1])
@@ -114,7 +116,7 @@ def curate(folder: str, settings: config.CurateConfig, engine: str, processes: i
   return costs
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> common.Row:
   parser = common.parser(__doc__, rounds=1)
   parser.add_argument("--input", help="Folder of videos; without: films made here.")
   parser.add_argument("--films", type=int, default=8, help="How many (default: 8).")
@@ -126,7 +128,7 @@ def main() -> None:
   parser.add_argument("--processes", default="1,2,4", help='How many at once (default: "1,2,4").')
   parser.add_argument("--engines", default="local", help='"local", or "local,ray".')
   parser.add_argument("--keep", help="Keep the made films here, and use them if they are there.")
-  options = parser.parse_args()
+  options = parser.parse_args(arguments)
   work = Path(tempfile.mkdtemp(prefix="mgen_jax-films-"))
   folder = Path(options.input or options.keep or work / "films")
   if not options.input and not any(folder.glob("*.mp4")):
@@ -169,7 +171,7 @@ def main() -> None:
   shutil.rmtree(work)
   spent = {name: seconds for name, seconds in by_stage.items() if seconds > 0}
   print("CPU seconds of the last run:", {k: round(v, 2) for k, v in spent.items()})
-  common.report("curation", rows, options.out, cpu_by_stage=spent, cores=os.cpu_count())
+  return common.report("curation", rows, options.out, cpu_by_stage=spent)
 
 
 if __name__ == "__main__":
