@@ -9,6 +9,7 @@ how one pass both finds the clips of a source and observes them is in `watch`.
 import dataclasses
 import multiprocessing
 import os
+import threading
 import time as clock
 import traceback
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ _PLANAR = frozenset(f"yuv{kind}{chroma}p" for kind in ("", "j", "a") for chroma 
   *("gray", "nv12", "nv21")
 }
 _STARTS = 300  # seconds that a child may take to start
+_ORPHANED = 2.0  # seconds between two looks at the parent
 _POLL = 0.2  # seconds between two looks at a child's memory
 
 
@@ -87,10 +89,9 @@ class Forms:
   It may outlive its container, so it holds no stream; `aspect` is that of the stream's pixels.
   """
 
-  def __init__(self, frame: av.VideoFrame, aspect: float, rotation: int | None = None):
+  def __init__(self, frame: av.VideoFrame, aspect: float):
     self.frame = frame
     self._aspect = aspect
-    self._rotation = frame.rotation if rotation is None else rotation
     self._known: dict[tuple[str, int | None], np.ndarray] = {}
 
   def __call__(self, form: str, width: int | None) -> np.ndarray:
@@ -108,11 +109,11 @@ class Forms:
         frame, width=widest, height=height, format="yuv420p",
         interpolation=Interpolation.AREA | EXACT, threads=1,
       )  # fmt: skip
-    return Forms(frame, self._aspect, self._rotation)  # which scaling forgets
+    return Forms(frame, self._aspect)
 
   def _size(self, width):
     """(width, height) as displayed, no wider than `width`."""
-    full = display_size(self.frame, self._aspect, self._rotation)
+    full = display_size(self.frame, self._aspect)
     if width is None or width >= full[0]:
       return full
     return width, max(1, round(full[1] * width / full[0]))
@@ -126,7 +127,7 @@ class Forms:
     plane = frame.planes[0]
     luma = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
     luma = luma[: frame.height, : frame.width]
-    turns = self._rotation // 90 % 4
+    turns = self.frame.rotation // 90 % 4
     return np.ascontiguousarray(np.rot90(luma, turns)) if turns else luma
 
   def _shrunk(self, width):
@@ -147,7 +148,7 @@ class Forms:
 
   def _rgb(self, width):
     size = None if width is None else self._size(width)[::-1]
-    return frame_to_rgb(self.frame, self._aspect, size, self._rotation)
+    return frame_to_rgb(self.frame, self._aspect, size)
 
 
 def explain(error: Exception, path: str) -> DecodeError:
@@ -244,7 +245,7 @@ def _frames(path, limits, start, end, vectors, seek) -> Iterator[tuple[float, in
       if vectors:
         stream.codec_context.flags2 |= av.codec.context.Flags2.export_mvs
       if _announce is not None:
-        _announce((end or duration) - start)
+        _announce((end or duration) - (start if seek else 0.0))
       base, aspect = float(stream.time_base), pixel_aspect(stream)
       first = stream.start_time
       if seek:
@@ -303,6 +304,7 @@ def _serve(connection, limits: Limits) -> None:
     connection.send(("length", seconds))
 
   _announce = announce
+  threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
   _limit_memory(limits.memory)
   cv2.setNumThreads(1)  # many files at once keep the cores busier than many threads on a file
   av.logging.set_level(av.logging.PANIC)
@@ -326,6 +328,13 @@ def _serve(connection, limits: Limits) -> None:
       connection.send(("bug", traceback.format_exc()))
       raise
     connection.send(answer)
+
+
+def _leave_with(parent: int) -> None:
+  """Ends this process when its parent was killed: a file that hangs must not outlive the run."""
+  while os.getppid() == parent:
+    clock.sleep(_ORPHANED)
+  os._exit(1)
 
 
 def _limit_memory(memory: int | None) -> None:

@@ -69,7 +69,7 @@ def export(
   limits: decode.Limits | None = None,
   progress: Progress | None = None,
 ) -> dict[str, Any]:
-  """Writes what is missing of the export; {"clips", "written", "failed", "bytes"}.
+  """Writes what is missing of the export; {"clips", "failed", "bytes"}.
 
   Clips that are no longer kept are taken away; they can be cut again from their sources.
 
@@ -114,8 +114,8 @@ def _version(config: ExportConfig) -> str:
   return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
-def run_task(task: Task) -> int:
-  """Cuts the clips of one partition that are not there yet, and commits; how many it cut."""
+def run_task(task: Task) -> None:
+  """Cuts the clips of one partition that are not there yet, and commits."""
   kept = store.Store(task.root)
   folder = Path(task.root) / FOLDER / _CLIPS
   try:
@@ -124,13 +124,12 @@ def run_task(task: Task) -> int:
     raise store.not_written(folder, error) from error
   earlier = kept.read(_STAGE, task.version, task.partition)
   old = {row["clip_id"]: row for row in store.rows_of(earlier)} if earlier is not None else {}
-  rows, began, written = [], time.process_time(), 0
+  rows, began = [], time.process_time()
   for clip in task.clips:
     path = folder / f"{clip['clip_id']}.mp4"
     row = old.get(clip["clip_id"])
     if row is None or not path.is_file() or path.stat().st_size != row["file_bytes"]:
       row = {name: clip[name] for name in CLIP_KEYS} | _cut_guarded(task, clip, path)
-      written += 1
     rows.append(row)
   kept.write(
     _STAGE,
@@ -140,7 +139,6 @@ def run_task(task: Task) -> int:
     inputs=task.inputs,
     counters={"in": len(task.clips), "out": len(rows), "cpu_s": time.process_time() - began},
   )
-  return written
 
 
 def _cut_guarded(task: Task, clip: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -47,16 +47,7 @@ class Task:
   limits: decode.Limits
 
 
-@dataclasses.dataclass(frozen=True)
-class Done:
-  """A unit that is committed, and the process that did it. What it did is in the commits."""
-
-  phase: int
-  partition: int
-  pid: int
-
-
-def run_task(task: Task) -> Done:
+def run_task(task: Task) -> None:
   """Computes and commits one unit; what was committed before is left as it is."""
   unit = _Unit(task)
   listed = sources.of_partition(unit.store.root, task.partition)
@@ -67,7 +58,6 @@ def run_task(task: Task) -> Done:
     for clip in clip_rows(unit.store, task.recipe, task.partition, task.phase):
       unit.do_clip(clip, os.path.join(task.input_root, clip["path"]))
   unit.commit(len(listed))
-  return Done(task.phase, task.partition, os.getpid())
 
 
 class _Unit:

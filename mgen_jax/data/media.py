@@ -420,11 +420,10 @@ def pixel_aspect(stream) -> float:
   return float(ratio) if ratio and ratio > 0 else 1.0
 
 
-def display_size(frame, aspect: float, rotation: int | None = None) -> tuple[int, int]:
-  """(width, height) of a frame of such pixels after `rotation`, by default its own."""
-  rotation = frame.rotation if rotation is None else rotation
+def display_size(frame, aspect: float) -> tuple[int, int]:
+  """(width, height) of a frame of such pixels, after rotation."""
   width = round(frame.width * aspect)
-  return (frame.height, width) if rotation % 180 else (width, frame.height)
+  return (frame.height, width) if frame.rotation % 180 else (width, frame.height)
 
 
 def _cover(height, width, size) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -434,19 +433,15 @@ def _cover(height, width, size) -> tuple[tuple[int, int], tuple[int, int]]:
   return scaled, ((scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2)
 
 
-def frame_to_rgb(frame, aspect: float, size, rotation: int | None = None) -> np.ndarray:
-  """uint8 [H, W, 3] as displayed; `size` as in read_video, None for its own.
-
-  `rotation` (degrees counter-clockwise) is that of the frame unless given.
-  """
-  rotation = frame.rotation if rotation is None else rotation
-  width, height = display_size(frame, aspect, rotation)
+def frame_to_rgb(frame, aspect: float, size) -> np.ndarray:
+  """uint8 [H, W, 3] as displayed; `size` as in read_video, None for its own."""
+  width, height = display_size(frame, aspect)
   corner = (0, 0)
   if size is None:
     (height_to, width_to), size = (height, width), (height, width)
   else:
     (height_to, width_to), corner = _cover(height, width, size)
-  turned = bool(rotation % 180)
+  turned = bool(frame.rotation % 180)
   method = Interpolation.AREA if height_to < height else Interpolation.BILINEAR
   rgb = reformatter().reformat(
     frame,
@@ -456,6 +451,6 @@ def frame_to_rgb(frame, aspect: float, size, rotation: int | None = None) -> np.
     interpolation=method | EXACT,
     threads=1,
   )
-  array = np.rot90(rgb.to_ndarray(), rotation // 90)  # counter-clockwise, as FFmpeg counts
+  array = np.rot90(rgb.to_ndarray(), frame.rotation // 90)  # counter-clockwise, as FFmpeg counts
   top, left = corner
   return array[top : top + size[0], left : left + size[1]]

@@ -1,10 +1,11 @@
 """Who runs the units of work: processes here, a Ray cluster, or an Apache Beam runner.
 
-An engine is handed a function and tasks of a few hundred bytes, and yields the results in any
+An engine is handed a function and tasks of a few hundred bytes, and says when one has ended, in any
 order. It keeps nothing: a unit commits its own files, so a unit that runs twice, or whose worker
 dies, costs time and nothing else.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -13,10 +14,19 @@ from mgen_jax.errors import UserError
 NAMES = ("local", "ray", "beam")
 
 
+@dataclasses.dataclass(frozen=True)
+class Ended:
+  """A unit that is done, and the process that did it."""
+
+  pid: int
+
+
 class Engine(Protocol):
   """Runs `function(task)` somewhere for every task."""
 
-  def run(self, function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[Any]: ...
+  def run(self, function: Callable[[Any], None], tasks: Sequence[Any]) -> Iterator[Ended]:
+    """Yields as units end, or (Beam) nothing before all have; returns when all have."""
+    ...
 
   def close(self) -> None: ...
 

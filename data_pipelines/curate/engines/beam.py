@@ -6,6 +6,8 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
+from data_pipelines.curate.engines import Ended
+
 
 class Beam:
   """One pipeline for each phase: the tasks, dealt out, and a function for each of them.
@@ -28,8 +30,8 @@ class Beam:
     )
     self._options = [*own, *options]
 
-  def run(self, function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[Any]:
-    """Runs the whole pipeline, then yields nothing: what is done is told by the commits.
+  def run(self, function: Callable[[Any], None], tasks: Sequence[Any]) -> Iterator[Ended]:
+    """Runs the whole pipeline and yields nothing: what is done is told by the commits.
 
     An exception of a unit fails the pipeline and is raised here.
     """

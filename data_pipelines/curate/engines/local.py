@@ -7,6 +7,7 @@ from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from data_pipelines.curate.engines import Ended
 from mgen_jax.errors import UserError
 
 _ATTEMPTS = 3  # of a unit whose worker died: somebody may have killed a neighbour's
@@ -19,8 +20,8 @@ class Local:
     self.workers = workers or os.cpu_count() or 1
     self._pool: futures.ProcessPoolExecutor | None = None
 
-  def run(self, function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[Any]:
-    """Yields results as they come.
+  def run(self, function: Callable[[Any], None], tasks: Sequence[Any]) -> Iterator[Ended]:
+    """Yields as units end.
 
     Raises:
       UserError: a unit has lost its worker three times.
@@ -38,7 +39,7 @@ class Local:
         )
 
   def _attempt(self, function, tasks):
-    """Yields results; returns the tasks that were lost with a process."""
+    """Yields as units end; returns the tasks that were lost with a process."""
     if self._pool is None:
       # Spawned, not forked: this process has threads (DuckDB, PyArrow).
       context = multiprocessing.get_context("spawn")
@@ -47,17 +48,17 @@ class Local:
     running = {}
     try:
       for task in tasks:
-        running[self._pool.submit(function, task)] = task
+        running[self._pool.submit(_call, function, task)] = task
     except BrokenProcessPool:
       lost += tasks[len(running) :]
     try:
       for future in futures.as_completed(running):
         try:
-          result = future.result()
+          pid = future.result()
         except BrokenProcessPool:
           lost.append(running[future])
         else:
-          yield result
+          yield Ended(pid)
     finally:
       for future in running:
         future.cancel()
@@ -67,3 +68,8 @@ class Local:
     if self._pool is not None:
       self._pool.shutdown(cancel_futures=True)
       self._pool = None
+
+
+def _call(function: Callable[[Any], None], task: Any) -> int:
+  function(task)
+  return os.getpid()

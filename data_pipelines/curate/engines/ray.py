@@ -5,10 +5,17 @@ that stages have loaded; Ray starts another one, on another machine if it must, 
 gives it the unit again.
 """
 
+import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
+import ray.data
+import ray.exceptions
+
+from data_pipelines.curate.engines import Ended
+from mgen_jax.errors import UserError
 
 _OBJECT_STORE = 100 * 2**20  # bytes: nothing but tasks goes through it
 
@@ -37,22 +44,32 @@ class Ray:
     self.workers = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it describes its plans
 
-  def run(self, function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[Any]:
-    """Yields results as they come; an exception of a unit is raised here."""
+  def run(self, function: Callable[[Any], None], tasks: Sequence[Any]) -> Iterator[Ended]:
+    """Yields as units end; a fault of the user's in one of them is raised here."""
     if not tasks:
       return
     actors = min(self.workers, len(tasks))
-    units = ray.data.from_items(
-      [{"task": task} for task in tasks], override_num_blocks=len(tasks)
-    ).map(
+    numbers = ray.data.from_items(
+      [{"task": number} for number in range(len(tasks))], override_num_blocks=len(tasks)
+    )
+    units = numbers.map(
       _Worker,
-      fn_constructor_args=(function,),
+      fn_constructor_args=(function, list(tasks)),
       compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
       num_cpus=1,
     )
-    for row in units.iter_rows():
-      yield row["done"]
+    try:
+      for row in units.iter_rows():
+        yield Ended(row["pid"])
+    except ray.exceptions.RayError as error:
+      cause = getattr(error, "cause", None)
+      while cause is not None and not isinstance(cause, UserError):
+        cause = getattr(cause, "cause", None) or cause.__cause__
+      if cause is None:
+        raise
+      raise cause from error
 
   def close(self) -> None:
     if self._ours:
@@ -60,10 +77,12 @@ class Ray:
 
 
 class _Worker:
-  """What an actor does with a unit."""
+  """What an actor does with a unit; it knows all of them, and is told a number."""
 
-  def __init__(self, function: Callable[[Any], Any]):
+  def __init__(self, function: Callable[[Any], None], tasks: Sequence[Any]):
     self._function = function
+    self._tasks = tasks
 
   def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-    return {"done": self._function(row["task"])}
+    self._function(self._tasks[row["task"]])
+    return {"task": row["task"], "pid": os.getpid()}

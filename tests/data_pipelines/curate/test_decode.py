@@ -4,6 +4,8 @@ import collections
 import io
 import os
 import struct
+import subprocess
+import sys
 import time
 
 import av
@@ -105,6 +107,32 @@ def test_a_long_file_has_a_later_deadline():
 def test_a_limit_that_nothing_fits_in_is_an_error_code_too():
   with Guard(Limits(memory=1 << 20)) as guard:
     assert code_of(guard, pid) == "out_of_memory"
+
+
+def test_a_child_that_hangs_does_not_outlive_a_killed_run(tmp_path):
+  script = tmp_path / "hang.py"
+  script.write_text(
+    "import time\nfrom data_pipelines.curate.decode import Guard\n"
+    "if __name__ == '__main__':\n"
+    "  guard = Guard()\n  guard._start()\n  print(guard._process.pid, flush=True)\n"
+    "  guard.call(time.sleep, 600)\n"
+  )
+  with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as run:
+    child = int(run.stdout.readline())
+    run.kill()
+  for _ in range(300):
+    if not _alive(child):
+      break
+    time.sleep(0.1)
+  assert not _alive(child)
+
+
+def _alive(number):
+  try:
+    with open(f"/proc/{number}/stat") as file:
+      return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+  except FileNotFoundError:
+    return False
 
 
 def test_a_link_out_of_the_folder_is_refused(tmp_path):

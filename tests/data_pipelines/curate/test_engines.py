@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,8 @@ def test_ray_writes_the_same_bytes_though_a_worker_is_killed(videos, expected, t
   try:
     engine = Watched(3, [cluster.address])
     curate(slow(), videos, tmp_path / "out", engine)
+    with pytest.raises(UserError, match="unit 3 cannot be done"):
+      list(Ray.run(engine, fail, [types.SimpleNamespace(partition=3)]))
   finally:
     ray.shutdown()
     cluster.shutdown()
@@ -168,5 +171,6 @@ def test_beam_writes_the_same_bytes(videos, expected, tmp_path):
   from data_pipelines.curate.engines.beam import Beam
 
   flags = ["--runner=DirectRunner", "--direct_running_mode=in_memory"]
-  curate(small.recipe(), videos, tmp_path / "out", Beam(1, flags))
+  _, totals, _ = curate(small.recipe(), videos, tmp_path / "out", Beam(1, flags))
+  assert totals["sources"] == 10
   assert files(tmp_path / "out") == expected
