@@ -24,7 +24,7 @@ from mgen_jax.errors import ConfigError
 
 _CHANGED = 6.0  # mean difference of luma, in levels, between a frame read and the next to read
 _THUMB = (32, 32)
-_SAME_TEXT = 0.5  # share of their letters that two words have in common
+_SAME_TEXT = 0.6  # share of their letters that two words have in common; of two letters, both
 _SAME_PLACE = 0.3  # intersection over union; boxes of one word differ in their margins
 
 
