@@ -21,7 +21,8 @@ import jax
 import numpy as np
 
 from mgen_jax import config as config_lib
-from mgen_jax.data import ingest, marbles, pipeline
+from mgen_jax.data import ingest, marbles
+from mgen_jax.data import sources as sources_lib
 from mgen_jax.evaluation import alignment, frechet
 from mgen_jax.sample import Generator
 from mgen_jax.training import metrics
@@ -45,7 +46,9 @@ def arms(work: Workdir) -> list[str]:
 def real_clips(work: Workdir, bucket: Any, count: int) -> np.ndarray:
   """uint8 [count, T, H, W, 3] of the data, centre windows."""
   index = ingest.load(work.folder(config_lib.ingest_of(work.experiment)))
-  sources, _ = pipeline.media_sources(index, [bucket], split="train", fps=work.experiment.data.fps)
+  sources, _ = sources_lib.media_sources(
+    index, [bucket], split="train", fps=work.experiment.data.rate
+  )
   source = sources[bucket]
   chosen = np.random.default_rng(0).choice(len(source), min(count, len(source)), replace=False)
   return np.stack([source.example(int(i), None)["video"] for i in chosen])

@@ -76,7 +76,7 @@ def child(args) -> None:
   from mgen_jax.data.buckets import parse_bucket
   from mgen_jax.parallel import mesh as mesh_lib
   from mgen_jax.planning import planner
-  from mgen_jax.training import loop
+  from mgen_jax.training import program as program_lib
   from mgen_jax.training import state as state_lib
 
   jax.config.update("jax_enable_compilation_cache", False)
@@ -86,9 +86,9 @@ def child(args) -> None:
 
   stage = made.stages[STAGE]
   task, mesh = tasks.make(stage.task), mesh_lib.make_mesh(stage.mesh, devices)
-  program = loop.make_program(task, stage, mesh, made.seed)
+  program = program_lib.make_program(task, stage, mesh, made.seed)
   with mesh_lib.use(mesh):
-    shapes = loop.batch_shapes(task, {bucket: args.batch}, mesh)[bucket]
+    shapes = program_lib.batch_shapes(task, {bucket: args.batch}, mesh)[bucket]
     step = program.train_step.lower(
       state_lib.with_layout(program.shapes, program.layout), shapes
     ).compile()

@@ -88,7 +88,7 @@ def _buckets(names, batch, share):
 
 
 def get_config():
-  train = {"kind": "train", "log_every": 50, "checkpoint_every": 250}
+  train = {"kind": "train", "log_every": 50, "checkpoint_every": 250, "small_buckets": "repeat"}
   muon = {"name": "muon", "schedule": "linear", "end_factor": 0.02, "warmup_steps": 30, "b2": 0.98}
   generate = {
     **train,

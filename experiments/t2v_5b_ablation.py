@@ -56,7 +56,7 @@ def get_config(arm="flow_matching"):
   adamw = {"warmup_steps": 1000, "weight_decay": 0.1}
   return config.experiment(
     name=f"t2v_5b_{arm}",
-    data={"videos": "data/videos", "held_out": 0.001},
+    data={"videos": "data/videos", "held_out": 0.001, "fps_range": (16.0, 32.0)},
     stages={
       "ingest": {"kind": "ingest"},
       "autoencoder": {

@@ -1,20 +1,28 @@
 """How every command starts and ends: flags, one sentence for a fault of the user's, exit codes.
 
 Exit codes: 0 done, 2 a fault that the user can fix (`UserError`), 130 Ctrl-C and 143 SIGTERM, both
-after saving. Anything else is a bug and keeps its traceback.
+after saving, 75 another process of the run is gone. After 130, 143 and 75 the same command goes on.
+Anything else is a bug and keeps its traceback.
 """
 
 import difflib
+import errno
 import logging as std_logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
+import jax
 from absl import app, flags, logging
 
 from mgen_jax.errors import ConfigError, UserError
-from mgen_jax.training.interrupt import Interrupted
+from mgen_jax.training.interrupt import Interrupted, lost_process
+
+LOST_PROCESS = 75  # what sysexits.h calls a temporary failure
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -22,19 +30,52 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
   def guarded(argv: Sequence[str]) -> int:
     _set_up_logging()
+    # Else JAX's own handler swallows SIGTERM in a run of several processes (`StopSignal` is ours).
+    jax.config.update("jax_enable_preemption_service", False)
     try:
       if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag: flags are written --name=value (see --help).")
       main(argv)
     except UserError as error:
       _say(error)
-      return 2
+      return _leave(2)
     except Interrupted as error:
       _say(f"{error}; everything is saved, and the same command continues.")
       return 128 + error.signum
+    except OSError as error:
+      if error.errno not in _FULL:
+        raise
+      _say(
+        f"{error.filename or 'a file'} could not be written ({error.strerror}): make room on that "
+        "disk and run the same command again."
+      )
+      return _leave(2)
+    except Exception as error:
+      if not jax.distributed.is_initialized():
+        raise
+      if not lost_process(error):
+        traceback.print_exc()
+        return _leave(1)
+      first_line = str(error).splitlines()[0][:200]
+      _say(
+        f"another process of this run is gone or cannot be reached ({first_line}): its log says "
+        "why; start the same command again on every host, and the run goes on from its last "
+        "checkpoint."
+      )
+      return _leave(LOST_PROCESS)
     return 0
 
   app.run(guarded, flags_parser=_parse)
+
+
+def _leave(code: int) -> int:
+  """Ends one of several processes at once: the usual way out would wait for all the others."""
+  if jax.distributed.is_initialized():
+    logging.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  return code
 
 
 def _set_up_logging() -> None:

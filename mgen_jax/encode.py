@@ -36,6 +36,7 @@ from rich import console, progress
 from mgen_jax import cli, schema
 from mgen_jax import config as config_lib
 from mgen_jax.data import files, ingest, pipeline, records
+from mgen_jax.data import sources as sources_lib
 from mgen_jax.data.buckets import Bucket, parse_bucket
 from mgen_jax.encoders import Prompt, TextStack
 from mgen_jax.errors import UserError
@@ -77,8 +78,8 @@ def run(work: Workdir, name: str, coder: Workdir | None = None) -> None:
   buckets = [parse_bucket(text) for text in stage.buckets]
   jobs = []
   for split in ("train", "held_out"):
-    sources, groups = pipeline.media_sources(
-      index, buckets, split=split, images_from_videos=True, fps=data.fps, max_crop=data.max_crop
+    sources, groups = sources_lib.media_sources(
+      index, buckets, split=split, images_from_videos=True, fps=data.rate, max_crop=data.max_crop
     )
     if split == "train":
       logging.info("clips by bucket:\n%s", groups.table())
@@ -170,14 +171,14 @@ def _adopt(work: Workdir, name: str, digest: str) -> None:
   work.finish(name, 0.0, examples=examples, autoencoder=digest)
 
 
-def _count(source: pipeline.MediaSource, size: int) -> int:
+def _count(source: sources_lib.MediaSource, size: int) -> int:
   return math.ceil(len(source) / size)
 
 
-def _shards(source: pipeline.MediaSource, size: int) -> list[pipeline.MediaSource]:
+def _shards(source: sources_lib.MediaSource, size: int) -> list[sources_lib.MediaSource]:
   """The clips of a source in parts of `size`, each a source."""
   return [
-    pipeline.MediaSource(
+    sources_lib.MediaSource(
       source.folder, source.clips[start : start + size], source.bucket, fps=source.fps
     )
     for start in range(0, len(source), size)
@@ -186,7 +187,7 @@ def _shards(source: pipeline.MediaSource, size: int) -> list[pipeline.MediaSourc
 
 def _write_shard(
   path: Path,
-  source: pipeline.MediaSource,
+  source: sources_lib.MediaSource,
   stage: config_lib.EncodeStage,
   encode: Encoder,
   embed: Embedder,
@@ -277,7 +278,7 @@ def _hash(params: Any) -> str:
 # --------------------------------------------------------------------------------------------------
 # The command.
 
-STAGE, IDENTITY_NAME = "latents", "encode.json"
+STAGE, IDENTITY_NAME, UNPACKED = "latents", "encode.json", "videos"
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -293,6 +294,8 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_enum("keep", "moments", ["moments", "sample"], "What to keep of a latent.", **to)
   flags.DEFINE_float("latent_scale", None, "Factor of latents; default: std of each to 1.", **to)
   flags.DEFINE_float("fps", None, "Sample clips at this rate; default: their own.", 0.0, **to)
+  flags.DEFINE_list("fps_range", None, "Or LOW,HIGH: whole clips, at a rate between.", **to)
+  flags.DEFINE_string("caption_key", None, "Key or column of captions in JSON and tables.", **to)
   flags.DEFINE_float("max_crop", 0.2, "Share of the picture that fitting may lose.", 0.0, **to)
   flags.DEFINE_float("held_out", 0.05, "Share of the clips that is kept apart.", 0.0, **to)
   flags.DEFINE_integer("seed", 0, "Of the split, of windows and draws.", **to)
@@ -334,20 +337,41 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     origin.experiment,
     seed=values.seed,
     data=config_lib.DataConfig(
-      videos=values.videos, fps=values.fps, max_crop=values.max_crop, held_out=values.held_out
+      videos=values.videos,
+      fps=values.fps,
+      fps_range=_fps_range(values.fps_range),
+      caption_key=values.caption_key,
+      max_crop=values.max_crop,
+      held_out=values.held_out,
     ),
     recipe=("ingest", STAGE),
     stages={"ingest": config_lib.IngestStage(), STAGE: stage},
   )
   work = Workdir(Path(values.out), experiment)
   if jax.process_index() == 0:
-    index = ingest.scan(values.videos, seed=values.seed, held_out=values.held_out)
+    index = ingest.scan(
+      values.videos,
+      seed=values.seed,
+      held_out=values.held_out,
+      caption_key=values.caption_key,
+      unpack_to=work.root / UNPACKED,
+    )
     _check_identity(work, origin, index)
     index.save(work.folder("ingest"))
   multihost_utils.sync_global_devices("index")
   run(work, STAGE, origin)
   if jax.process_index() == 0:
     print(work.folder(STAGE))
+
+
+def _fps_range(texts: Sequence[str] | None) -> tuple[float, float] | None:
+  if texts is None:
+    return None
+  try:
+    low, high = map(float, texts)
+  except ValueError as error:
+    raise UserError(f"--fps_range={','.join(texts)}: give two numbers, like 16,32.") from error
+  return low, high
 
 
 def _check_identity(work: Workdir, origin: Workdir, index: ingest.Index) -> None:
@@ -371,7 +395,7 @@ def _check_identity(work: Workdir, origin: Workdir, index: ingest.Index) -> None
         "folder, or delete that one."
       )
     return
-  if work.root.is_dir() and any(work.root.iterdir()):
+  if work.root.is_dir() and any(path.name != UNPACKED for path in work.root.iterdir()):
     raise UserError(f"--out={work.root} holds other files: name an empty folder.")
   try:
     work.root.mkdir(parents=True, exist_ok=True)

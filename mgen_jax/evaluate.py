@@ -30,7 +30,8 @@ from absl import flags, logging
 
 from mgen_jax import cli, sample, schema
 from mgen_jax import config as config_lib
-from mgen_jax.data import files, ingest, marbles, pipeline
+from mgen_jax.data import files, ingest, marbles
+from mgen_jax.data import sources as sources_lib
 from mgen_jax.data.buckets import Bucket, parse_bucket
 from mgen_jax.errors import UserError
 from mgen_jax.evaluation import alignment, reconstruction, report
@@ -160,11 +161,11 @@ def _held_out_clips(
   """(bucket, clips uint8 [n, T, H, W, 3], fps): up to `stage.clips`, shared among the buckets."""
   data = work.experiment.data
   encode = work.experiment.stages[work.experiment.stages[stage.generator].latents]
-  sources, _ = pipeline.media_sources(
+  sources, _ = sources_lib.media_sources(
     index,
     [parse_bucket(text) for text in encode.buckets],
     split="held_out",
-    fps=data.fps,
+    fps=data.rate,
     max_crop=data.max_crop,
   )
   sources = {bucket: source for bucket, source in sources.items() if len(source)}
@@ -416,8 +417,8 @@ def _data(
   encode = work.experiment.stages[work.experiment.stages[stage.generator].latents]
   wanted = [parse_bucket(text) for text in encode.buckets]
   (train, groups), (held_out, _) = (
-    pipeline.media_sources(
-      index, wanted, split=split, images_from_videos=True, fps=data.fps, max_crop=data.max_crop
+    sources_lib.media_sources(
+      index, wanted, split=split, images_from_videos=True, fps=data.rate, max_crop=data.max_crop
     )
     for split in ("train", "held_out")
   )

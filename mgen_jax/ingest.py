@@ -1,7 +1,8 @@
 """The ingest stage: videos on disk -> an index of the good ones, with captions.
 
 Where no folder is given, Marbles are rendered into WORKDIR/videos first, as real files, and then
-take the same path. Not here: how files are probed (`data/ingest.py`), curation (`data_pipelines`).
+take the same path; clips that tables hold as bytes are unpacked there. Not here: how files are
+probed (`data/ingest.py`), curation (`data_pipelines`).
 """
 
 import os
@@ -42,6 +43,8 @@ def run(work: Workdir, name: str) -> None:
       folder,
       seed=work.experiment.seed,
       held_out=data.held_out,
+      caption_key=data.caption_key,
+      unpack_to=work.root / "videos",
       progress=lambda done, total: bar.update(task, completed=done, total=total),
     )
   index.save(work.folder(name))

@@ -28,7 +28,8 @@ from flax import traverse_util
 
 from mgen_jax import cli, coding, schema
 from mgen_jax import config as config_lib
-from mgen_jax.data import files, ingest, media, pipeline
+from mgen_jax.data import files, ingest, media
+from mgen_jax.data import sources as sources_lib
 from mgen_jax.data.buckets import Bucket, parse_bucket
 from mgen_jax.errors import UserError
 from mgen_jax.evaluation import frechet, reconstruction
@@ -73,12 +74,12 @@ def run(work: Workdir, name: str) -> None:
     return
   index = ingest.load(work.folder(config_lib.ingest_of(work.experiment)))
   buckets = [parse_bucket(text) for text in stage.buckets]
-  sources, _ = pipeline.media_sources(
+  sources, _ = sources_lib.media_sources(
     index,
     buckets,
     split="held_out",
     images_from_videos=True,
-    fps=data.fps,
+    fps=data.rate,
     max_crop=data.max_crop,
   )
   perceive = None if not stage.lpips_weights else _lpips(stage.lpips_weights)

@@ -219,10 +219,13 @@ class Generator:
 
 
 def frame_rate(work: Workdir) -> float:
-  """Frames per second of the videos that a run learns from (of a mixture, the median)."""
+  """Frames per second of the videos that a run learns from.
+
+  Of clips with different rates it is the median, of a range the lowest.
+  """
   data = work.experiment.data
-  if data.fps is not None:
-    return data.fps
+  if data.rate is not None:
+    return data.rate[0] if isinstance(data.rate, tuple) else data.rate
   if data.videos is None:
     return data.marbles.fps
   index = ingest.load(work.folder(config_lib.ingest_of(work.experiment)))

@@ -26,7 +26,7 @@ CONFIG_NAME = "config.json"
 # do not change what is learned (or, for `steps`, only how long).
 FREE_KEYS = (
   *("steps", "log_every", "validate_every", "validate_batches", "checkpoint_every", "keep"),
-  *("threads", "workers", "mesh", "show"),
+  *("threads", "workers", "mesh", "show", "fall_back", "guard"),
 )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from mgen_jax import config
+from mgen_jax import config, tasks
 from mgen_jax.errors import ConfigError
 
 MODEL = {
@@ -83,7 +83,10 @@ def test_an_experiment_survives_json(tmp_path):
     ({"t2v": {"buckets": {}}}, ["config.stages.t2v.buckets is empty"]),
     ({"t2v": {"buckets": {"16x32x32": {}}}}, ["16x32x32", 'write "b16x32x32"']),
     ({"t2v": {"buckets": {"b16x32": {}}}}, ["16x32"]),
-    ({"t2v": {"buckets": {"b16x32x32": {"batch": 0}}}}, ["b16x32x32", "above 0"]),
+    ({"t2v": {"buckets": {"b16x32x32": {"batch": -1}}}}, ["b16x32x32", "above 0"]),
+    ({"t2v": {"buckets": {"b16x32x32": {}}, "tokens_per_step": 9}}, ["t2v: tokens_per_step is 9"]),
+    ({"t2v": {"tokens_per_step": 99}}, ["tokens_per_step is 99", "every bucket says its batch"]),
+    ({"t2v": {"images_to_videos": 0.0}}, ["images_to_videos is 0"]),
     ({"t2v": {"buckets": {"b24x32x32": {}}}}, ["24x32x32", "max_positions[0]", "3"]),
     ({"t2v": {"buckets": {"b16x40x32": {}}}}, ["height 40", "multiple of 16"]),
     ({"autoencoder": {"buckets": {"b16x36x32": {}}}}, ["b16x36x32", "36", "8"]),
@@ -110,6 +113,28 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest():
   config.check_devices(made, 2, 1)
   with pytest.raises(ConfigError, match=r"t2v.buckets.b16x32x32.batch is 12.* set it to 16"):
     config.check_devices(made, 8, 1)
+
+
+def test_batches_follow_the_tokens_of_a_step_whatever_the_devices():
+  buckets = {"b1x32x32": {}, "b16x32x32": {}}
+  made = resolve(t2v={"buckets": buckets, "tokens_per_step": 400, "batch_multiple": 4})
+  sizes = {b.name: entry.batch for b, entry in made.stages["t2v"].batches().items()}
+  task = tasks.make(made.stages["t2v"].task)
+  tokens = {b.name: task.tokens(b) for b in made.stages["t2v"].batches()}
+  for name, size in sizes.items():
+    assert size % 4 == 0
+    assert size * tokens[name] <= 400 < (size + 4) * tokens[name]
+  assert sizes["1x32x32"] > sizes["16x32x32"]
+  config.check_devices(made, 4, 2)
+  with pytest.raises(ConfigError, match=r"b1.x32x32.batch is .* or batch_multiple to 8"):
+    config.check_devices(
+      resolve(t2v={"buckets": buckets, "tokens_per_step": 120, "batch_multiple": 2}), 8, 1
+    )
+  mixed = resolve(t2v={"buckets": buckets | {"b1x32x32": {"batch": 8}}, "tokens_per_step": 400})
+  assert {e.batch for e in mixed.stages["t2v"].batches().values()} == {
+    8,
+    sizes["16x32x32"] // 8 * 8,
+  }
 
 
 def test_a_mesh_that_does_not_fit_is_refused():

@@ -72,11 +72,11 @@ def test_the_same_command_again_does_nothing(whole):
 
 
 def test_kill_9_at_any_point_and_the_same_command_continues_bit_for_bit(whole, tmp_path):
+  # More moments, on a smaller task: tests/training/test_resume.py and benchmarks/reliability.py.
   # Killed at moments of progress and not by the clock: a slow machine gets as far as a fast one.
   rng = np.random.default_rng(0)
   for moment in (
     "ingest/index.jsonl",
-    "autoencoder/metrics.jsonl",
     "encode/train",
     "t2v/metrics.jsonl",
   ):
@@ -113,7 +113,7 @@ def test_a_signal_saves_and_exits_with_its_own_code(whole, tmp_path, signum):
   _, stderr = process.communicate(timeout=60)
   assert process.returncode == 128 + signum
   assert "everything is saved" in stderr and "Traceback" not in stderr
-  done = run(tmp_path)
+  done = run(tmp_path, "--stage=autoencoder")
   assert done.returncode == 0, done.stderr
   stopped = losses(tmp_path, "autoencoder")
   assert all(stopped[step] == loss for step, loss in losses(whole, "autoencoder").items())

@@ -18,6 +18,7 @@ from mgen_jax import convert, encode, ingest, sample, schema, tasks
 from mgen_jax.data import records
 from mgen_jax.data.buckets import parse_bucket
 from mgen_jax.data.marbles import world
+from mgen_jax.encoders import StackConfig
 from mgen_jax.errors import ConfigError, UserError
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.planning import planner, topologies
@@ -224,7 +225,7 @@ def test_a_stage_that_reads_what_encode_does_not_write_is_refused(weights):
   values.stages.encode.text.lengths = (64, 11)
   with pytest.raises(ConfigError, match="differ in lengths"):
     config_lib.resolve(values)
-  values.stages.encode.text = schema.to_config_dict(config_lib.StackConfig())
+  values.stages.encode.text = schema.to_config_dict(StackConfig())
   with pytest.raises(ConfigError, match=r"makes none: .* or set .*online"):
     config_lib.resolve(values)
   values.stages.cached.task.text.online = True

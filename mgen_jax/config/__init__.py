@@ -17,6 +17,7 @@ from mgen_jax.config.stages import (
   EncodeStage,
   EvaluateStage,
   Experiment,
+  GuardConfig,
   IngestStage,
   MarblesConfig,
   OptimizerConfig,
@@ -25,14 +26,17 @@ from mgen_jax.config.stages import (
   TrainStage,
   parse_key,
 )
+from mgen_jax.errors import ConfigError  # what an experiment file raises
 
 __all__ = [
   "STAGES",
   "BucketConfig",
+  "ConfigError",
   "DataConfig",
   "EncodeStage",
   "EvaluateStage",
   "Experiment",
+  "GuardConfig",
   "IngestStage",
   "MarblesConfig",
   "OptimizerConfig",

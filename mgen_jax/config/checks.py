@@ -1,6 +1,7 @@
 """From an experiment as it was written to the typed one: the checks across its stages."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -73,10 +74,12 @@ def check_devices(
       parts = replica * fsdp * passes
       if entry.batch % parts or entry.batch % processes:
         nearest = max(parts, round(entry.batch / parts) * parts)
+        derived = not stage.buckets[f"b{bucket.name}"].batch and stage.tokens_per_step
+        fix = f", or batch_multiple to {math.lcm(parts, processes)}" if derived else ""
         raise ConfigError(
           f"{path}.buckets.b{bucket.name}.batch is {entry.batch}, which does not divide into "
           f"{replica * fsdp} batch shards x {passes} accumulation passes on {devices} "
-          f"devices: set it to {nearest}."
+          f"devices: set it to {nearest}{fix}."
         )
 
 
@@ -99,9 +102,21 @@ def _check_train(made: Experiment, name: str, stage: TrainStage, before: tuple[s
   if not stage.buckets:
     raise ConfigError(f'{path}.buckets is empty: name at least one, like {{"b16x64x64": ...}}.')
   for bucket, entry in stage.buckets.items():
-    if entry.batch < 1 or entry.weight <= 0:
-      raise ConfigError(f"{path}.buckets.{bucket}: batch and weight must be above 0.")
+    if entry.batch < 0 or entry.weight <= 0:
+      raise ConfigError(
+        f"{path}.buckets.{bucket}: weight must be above 0, and batch too, or 0 for what "
+        "tokens_per_step holds."
+      )
     _check_bucket(f"{path}.buckets", stage, bucket, parse_key)
+  if stage.tokens_per_step and all(entry.batch for entry in stage.buckets.values()):
+    raise ConfigError(
+      f"{path}.tokens_per_step is {stage.tokens_per_step}, but every bucket says its batch: set it "
+      "to 0 where the tokens shall decide."
+    )
+  try:
+    stage.batches()
+  except ConfigError as error:
+    raise ConfigError(f"{path}: {error}") from error
   if stage.init_from is not None:
     origin = _earlier(made, name, "init_from", stage.init_from, before, "train")
     if type(origin.task) is not type(stage.task):

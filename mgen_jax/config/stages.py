@@ -8,11 +8,14 @@ import dataclasses
 from typing import Any, Literal
 
 from mgen_jax import schema, tasks
-from mgen_jax.data.buckets import Bucket, parse_bucket
+from mgen_jax.data import shares
+from mgen_jax.data.buckets import Bucket, Rate, parse_bucket
 from mgen_jax.data.marbles import WorldConfig
 from mgen_jax.encoders import StackConfig
-from mgen_jax.errors import ConfigError
+from mgen_jax.errors import ConfigError, UserError
 from mgen_jax.parallel.mesh import MeshConfig
+
+_BATCH = 8  # of a bucket, where nothing says how many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +38,24 @@ class DataConfig:
   marbles: MarblesConfig = MarblesConfig()
   held_out: float = 0.05  # share of the clips that no stage trains on
   fps: float | None = None  # sample clips at this rate; None: at their own
+  # (low, high): a whole clip becomes the frames of its bucket, at a rate in this range; one that is
+  # too long for that gives a window at the low rate. Movie Gen's Table 2: (16.0, 32.0).
+  fps_range: tuple[float, float] | None = None
   max_crop: float = 0.2  # share of the picture that fitting a clip to a bucket may lose
+  # Of tables and JSON files: the column or key of the caption; None: the first that is usual.
+  caption_key: str | None = None
+
+  def __post_init__(self):
+    if self.fps_range is not None:
+      if self.fps is not None:
+        raise ConfigError("fps and fps_range are both set: unset one.")
+      if not 0 < self.fps_range[0] <= self.fps_range[1]:
+        raise ConfigError(f"fps_range is {self.fps_range}: give a lowest and a highest rate.")
+
+  @property
+  def rate(self) -> Rate:
+    """Frames per second to sample clips at."""
+    return self.fps if self.fps_range is None else self.fps_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +96,8 @@ class OptimizerConfig:
 class BucketConfig:
   """How one bucket takes part in a stage."""
 
-  batch: int = 8  # examples in one global batch
-  weight: float = 1.0  # its share of the steps is weight / sum of weights
+  batch: int = 0  # examples in one global batch; 0: what tokens_per_step holds, or 8 without it
+  weight: float = 1.0  # its share of the steps is weight / sum of weights (see `mix`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +137,27 @@ class EncodeStage:
 
 
 @dataclasses.dataclass(frozen=True)
+class GuardConfig:
+  """What becomes of a step whose loss or gradient is not finite, or is a spike.
+
+  Such a step never changes the state. The examples of its batch are logged (docs/reliability.md).
+  """
+
+  # "skip": go on after it; "roll_back": go back to a checkpoint and on with the data after it.
+  action: Literal["stop", "skip", "roll_back"] = "stop"
+  # A loss or gradient norm so many robust standard deviations above the median of the last 128 good
+  # steps is a spike; 0: only what is not finite is bad.
+  spike: float = 0.0
+  back: int = 0  # roll_back: to the newest checkpoint that is so many steps older
+  most: int = 10  # skipped steps in a row, or roll-backs of the stage, that stop the run
+
+  def __post_init__(self):
+    for name in ("spike", "back", "most"):
+      if getattr(self, name) < 0:
+        raise ConfigError(f"{name} is {getattr(self, name)}: it cannot be negative.")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainStage:
   """Trains a task for a number of steps."""
 
@@ -125,6 +166,15 @@ class TrainStage:
   steps: int = 1000
   # By "b16x64x64": frames x height x width; the letter makes it a name that a flag can spell.
   buckets: dict[str, BucketConfig] = dataclasses.field(default_factory=dict)
+  tokens_per_step: int = 0  # buckets whose batch is 0 get as large a one as this holds
+  batch_multiple: int = 8  # and divisible by this: hosts x batch shards x accumulation passes
+  # "weight": steps in proportion to the weights; "examples": to weight x examples / batch, so that
+  # with equal weights every example is drawn equally often.
+  mix: Literal["weight", "examples"] = "weight"
+  images_to_videos: float | None = None  # steps on images for one on videos (paper: 0.1)
+  # With fewer examples than a batch: refuse to start, repeat examples within a batch (and leave
+  # empty buckets out), or leave the bucket out.
+  small_buckets: Literal["error", "repeat", "leave_out"] = "error"
   images_from_videos: bool = True  # frames of videos fill image buckets as well
   latents: str | None = None  # the encode stage whose latents are read; None: media, decoded
   posterior: Literal["mean", "sample"] = "mean"  # of the autoencoder's distribution of latents
@@ -143,15 +193,22 @@ class TrainStage:
   validate_batches: int = 4  # for each bucket
   checkpoint_every: int = 500
   keep: int = 2  # checkpoints
+  fall_back: bool = False  # go on from an older checkpoint where the newest one is damaged
+  guard: GuardConfig = GuardConfig()
   threads: int = 4  # that read and decode, on each host
   workers: int = 0  # processes that read and decode, on each host; 0: threads only
 
   def __post_init__(self):
     if self.accumulate < 1 and self.accumulate != -1:
       raise ConfigError(f"accumulate is {self.accumulate}: it must be 1 or more, or -1.")
-    for name in ("steps", "log_every", "checkpoint_every", "keep", "threads"):
+    for name in ("steps", "log_every", "checkpoint_every", "keep", "threads", "batch_multiple"):
       if getattr(self, name) < 1:
         raise ConfigError(f"{name} is {getattr(self, name)}: it must be 1 or more.")
+    for name in ("workers", "tokens_per_step"):
+      if getattr(self, name) < 0:
+        raise ConfigError(f"{name} is {getattr(self, name)}: it cannot be negative.")
+    if self.images_to_videos is not None and self.images_to_videos <= 0:
+      raise ConfigError(f"images_to_videos is {self.images_to_videos}: it must be above 0.")
     if not 0 <= self.ema_decay < 1:
       raise ConfigError(f"ema_decay is {self.ema_decay}: it must lie in [0, 1).")
 
@@ -160,8 +217,25 @@ class TrainStage:
     return examples // shards if self.accumulate == -1 else self.accumulate
 
   def batches(self) -> dict[Bucket, BucketConfig]:
-    """The buckets, parsed, in a fixed order."""
-    return {parse_key(name): self.buckets[name] for name in sorted(self.buckets)}
+    """The buckets, parsed, in a fixed order, every batch a number.
+
+    Raises:
+      ConfigError: tokens_per_step does not hold a batch.
+    """
+    buckets = {parse_key(name): self.buckets[name] for name in sorted(self.buckets)}
+    return {
+      bucket: dataclasses.replace(entry, batch=entry.batch or self._batch(bucket))
+      for bucket, entry in buckets.items()
+    }
+
+  def _batch(self, bucket: Bucket) -> int:
+    if not self.tokens_per_step:
+      return _BATCH
+    tokens = tasks.make(self.task).tokens(bucket)
+    try:
+      return shares.batch_for(bucket, tokens, self.tokens_per_step, self.batch_multiple)
+    except UserError as error:
+      raise ConfigError(str(error)) from error
 
 
 def parse_key(name: str) -> Bucket:

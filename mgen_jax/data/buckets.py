@@ -16,6 +16,12 @@ from mgen_jax.errors import UserError
 # A source may be this much slower than the rate asked for: 23.976 frames/s serves a bucket at 24.
 _RATE_TOLERANCE = 0.01
 _EPSILON = 1e-6
+_WHOLE = 2**40  # more frames than any bucket has
+
+# Frames per second to sample clips at. None: each at its own. A number: all at this one. (low,
+# high): a whole clip becomes the frames of its bucket, at the rate in this range that this takes;
+# one too long for that gives a window at `low` (Movie Gen, Table 2, has (16, 32)).
+Rate = float | tuple[float, float] | None
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -71,6 +77,13 @@ def frames_at(frames: int, fps: float, target_fps: float | None) -> int:
   return min(frames, math.floor(frames / fps * target_fps + _EPSILON))
 
 
+def sampling_rate(frames: int, fps: float, wanted: int, rate: Rate) -> float:
+  """The frames per second at which a clip of `frames` at `fps` gives `wanted` frames."""
+  if isinstance(rate, tuple):
+    return max(rate[0], wanted * fps / frames)
+  return fps if rate is None else rate
+
+
 def crop_loss(aspect: float, target: float) -> float:
   """The share of the picture that is lost by a centre crop from one aspect ratio to another."""
   return 1.0 - min(aspect / target, target / aspect)
@@ -83,13 +96,15 @@ def assign(
   height: int,
   buckets: Sequence[Bucket],
   *,
-  target_fps: float | None = None,
+  target_fps: Rate = None,
   max_crop: float = 0.2,
 ) -> Bucket | Rejection:
   """The bucket of a clip, among those that lose at most `max_crop` of its picture.
 
   The longest that its frames fill wins, then the nearest aspect ratio by |log|, then the largest
-  that needs no enlargement. Pass image buckets for an image, video buckets for a video.
+  that needs no enlargement. Where `target_fps` is a range, the shortest that holds the whole clip
+  wins, at a rate in the range that is not above the clip's own. Pass image buckets for an image,
+  video buckets for a video.
 
   Args:
     frames: frames in the clip; fps: its frames per second (an image: 1 and any).
@@ -103,21 +118,39 @@ def assign(
   uncropped = [b for b in buckets if crop_loss(aspect, b.aspect) <= max_crop + _EPSILON]
   if not uncropped:
     return Rejection.CROPPED
-  is_video = any(not bucket.is_image for bucket in buckets)
-  if is_video and target_fps is not None and fps < target_fps * (1.0 - _RATE_TOLERANCE):
-    return Rejection.TOO_SLOW
-  available = frames_at(frames, fps, target_fps) if is_video else 1
-  filled = [bucket for bucket in uncropped if bucket.frames <= available]
-  if not filled:
-    return Rejection.TOO_SHORT
+  if all(bucket.is_image for bucket in buckets):
+    filled = uncropped
+  else:
+    filled = _filled(frames, fps, uncropped, target_fps)
+    if isinstance(filled, Rejection):
+      return filled
 
   def preference(bucket: Bucket) -> tuple:
     distance = abs(math.log(aspect / bucket.aspect))
     enlarged = bucket.height > height or bucket.width > width
     pixels = bucket.height * bucket.width
-    return -bucket.frames, round(distance, 6), enlarged, pixels if enlarged else -pixels, bucket
+    length = -bucket.frames
+    if isinstance(target_fps, tuple) and bucket.frames * fps >= target_fps[0] * frames - _EPSILON:
+      length = bucket.frames - _WHOLE  # holds all of the clip: before those that do not
+    return length, round(distance, 6), enlarged, pixels if enlarged else -pixels, bucket
 
   return min(filled, key=preference)
+
+
+def _filled(
+  frames: int, fps: float, buckets: Sequence[Bucket], rate: Rate
+) -> Sequence[Bucket] | Rejection:
+  """Those that the frames of a video fill when it is sampled at `rate`."""
+  fastest = fps / (1.0 - _RATE_TOLERANCE)
+  if isinstance(rate, tuple):
+    rates = {b: sampling_rate(frames, fps, b.frames, rate) for b in buckets}
+    within = [bucket for bucket, r in rates.items() if r <= rate[1] + _EPSILON]
+    filled = [bucket for bucket in within if rates[bucket] <= fastest]
+    return filled or (Rejection.TOO_SLOW if within else Rejection.TOO_SHORT)
+  if rate is not None and rate > fastest:
+    return Rejection.TOO_SLOW
+  available = frames_at(frames, fps, rate)
+  return [bucket for bucket in buckets if bucket.frames <= available] or Rejection.TOO_SHORT
 
 
 class Assignable(Protocol):
@@ -152,7 +185,7 @@ def group(
   buckets: Sequence[Bucket],
   *,
   images_from_videos: bool = False,
-  target_fps: float | None = None,
+  target_fps: Rate = None,
   max_crop: float = 0.2,
 ) -> Groups:
   """Puts every clip into its bucket, keeping the order of `clips`.

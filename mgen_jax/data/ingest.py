@@ -1,35 +1,31 @@
 """From a folder of videos and images to an index: what can be read, and with which caption.
 
-The folder is searched through all its subfolders. Captions are lines {"file": ..., "caption": ...}
-of `captions.jsonl` in the folder itself, or a text file `name.txt` beside each `name.mp4`; a line
-of `captions.jsonl` wins over a text file. Nothing is filtered by quality here (that is curation)
-and no shape is chosen (`buckets`).
+The folder may be plain, with captions in one of several forms (`listing`), hold WebDataset tars
+(`tars`), whose clips are read where they are, or the tables of a Hugging Face data set (`tables`),
+whose clips are unpacked first. Nothing is filtered by quality here (that is curation) and no shape
+is chosen (`buckets`).
 """
 
 import dataclasses
 import hashlib
 import json
 import os
-import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any, Literal
 
-from mgen_jax.data import media
+from absl import logging
+
+from mgen_jax.data import listing, media, tables, tars
 from mgen_jax.data.files import write_text_atomic
 from mgen_jax.errors import UserError
 
 SCHEMA_VERSION = 1
-CAPTIONS_NAME = "captions.jsonl"
+CAPTIONS_NAME = listing.CAPTIONS_NAME  # what a folder made for `scan` should hold
 INDEX_NAME = "index.jsonl"
 SUMMARY_NAME = "summary.json"
 _LISTED_BAD_FILES = 20
-_CAPTION_LINE = '{"file": "clip.mp4", "caption": "a red circle moves left"}'
-_CAPTION_FORMS = (
-  f"either a file {CAPTIONS_NAME} with a line {_CAPTION_LINE} for each, or a text file clip.txt"
-  " beside each clip.mp4"
-)
 
 Split = Literal["train", "held_out"]
 Progress = Callable[[int, int], None]
@@ -50,6 +46,8 @@ class Clip:
     caption: its text, on one line.
     split: "train", or "held_out" for evaluation.
     camera: its motion, like "zoom in", where captions.jsonl names it; else "".
+    archive: the tar that holds it, relative to the folder; "": it is a file of its own.
+    offset, bytes: where in the archive.
   """
 
   id: str
@@ -63,6 +61,20 @@ class Clip:
   caption: str
   split: Split
   camera: str = ""
+  archive: str = ""
+  offset: int = 0
+  bytes: int = 0
+
+  def content(self) -> tuple:
+    """What an example depends on: all but the place in an archive."""
+    return dataclasses.astuple(dataclasses.replace(self, archive="", offset=0, bytes=0))[:-3]
+
+  def open(self, folder: Path) -> Path | media.NamedBytes:
+    """The file, or its bytes where it is part of an archive; for the readers of `media`.
+
+    Raises MediaError if the archive is not there or was cut.
+    """
+    return _open(folder, self.path, self.archive, self.offset, self.bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +113,20 @@ class Index:
     write_text_atomic(folder / INDEX_NAME, json.dumps(head) + "\n" + "".join(_lines(self.clips)))
 
 
+def _open(folder: Path, path: str, archive: str, offset: int, size: int) -> Path | media.NamedBytes:
+  if not archive:
+    return folder / path
+  try:
+    with (folder / archive).open("rb") as file:
+      file.seek(offset)
+      data = file.read(size)
+  except OSError as error:
+    raise media.MediaError(f"{folder / archive} cannot be read ({error.strerror}).") from error
+  if len(data) < size:
+    raise media.MediaError(f"{folder / archive} is cut short; copy it again.")
+  return media.NamedBytes(data, str(folder / path))
+
+
 def load(folder: Path | str) -> Index:
   """Reads an index that `Index.save` wrote; raises UserError if it is absent or damaged."""
   path = Path(folder) / INDEX_NAME
@@ -127,18 +153,23 @@ def scan(
   seed: int = 0,
   held_out: float = 0.05,
   threads: int | None = None,
+  caption_key: str | None = None,
+  unpack_to: Path | None = None,
   progress: Progress | None = None,
 ) -> Index:
   """Looks at every video and image under `folder` and keeps those that can be read and have a text.
 
   A video is opened, its first frame decoded and its index compared with its size; an image is
   decoded. Hidden files are passed over, links to folders are not followed, and a link to a file
-  outside the folder is refused.
+  outside the folder is refused. A folder with an index.jsonl of its own is taken as that says, with
+  its split.
 
   Args:
     seed, held_out: the split. A clip is held out by the hash of (seed, its path), so it stays where
       it is when others come; each side has at least one where there are two clips or more.
     threads: files looked at in parallel (default: two per core).
+    caption_key: the key or column of the caption in JSON files and tables; None: a usual one.
+    unpack_to: where the clips of tables go that hold them as bytes.
     progress: called with (files looked at, files in all), on this thread.
 
   Raises:
@@ -148,54 +179,58 @@ def scan(
   root = Path(folder)
   if not root.is_dir():
     raise UserError(f"the folder of videos {root} does not exist; give the path of a folder.")
-  root = root.resolve()
-  files = sorted(_media_files(root))
-  if not files:
+  if (root / INDEX_NAME).exists():
+    return _indexed(root.resolve())
+  listed = _list(root.resolve(), caption_key, unpack_to)
+  root, bad = listed.root, listed.bad
+  if not listed.files:
     raise UserError(
       f"the folder {root} holds no videos or images; put files in it that end in"
       f" {', '.join(media.VIDEO_SUFFIXES + media.IMAGE_SUFFIXES)}."
     )
-  listed, cameras = _read_captions(root / CAPTIONS_NAME)
-  captions, bad = _captions_of(root, files, listed)
-  if not captions:
+  if not listed.found:
     complaint = f"; the first at fault: {next(iter(bad.values()))}" if bad else ""
     raise UserError(
-      f"none of the {len(files)} videos and images in {root} has a caption: add {_CAPTION_FORMS}"
-      f"{complaint}."
+      f"none of the {listed.files} videos and images in {root} has a caption: add"
+      f" {listing.CAPTION_FORMS}{complaint}."
     )
-  without_caption = len(files) - len(captions) - len(bad)
+  without_caption = listed.files - len(listed.found) - len(bad)
 
-  found: dict[str, media.MediaInfo] = {}
-  for done, (path, info) in enumerate(_probe_all(root, list(captions), threads), start=1):
+  probed: dict[str, media.MediaInfo] = {}
+  for done, (path, info) in enumerate(_probe_all(root, listed.found, threads), start=1):
     if isinstance(info, media.MediaInfo):
-      found[path] = info
+      probed[path] = info
     else:
       bad[path] = info
     if progress:
-      progress(done, len(captions))
-  if not found:
+      progress(done, len(listed.found))
+  if not probed:
     raise UserError(
-      f"none of the {len(captions)} captioned files in {root} can be read; the first says:"
-      f" {next(bad[path] for path in captions)}"
+      f"none of the {len(listed.found)} captioned files in {root} can be read; the first says:"
+      f" {next(bad[path] for path in listed.found)}"
     )
 
-  splits = _split(list(found), seed, held_out)
+  splits = _split(list(probed), seed, held_out)
   clips = tuple(
-    _clip(path, info, captions[path], splits[path], cameras.get(path, ""))
-    for path, info in found.items()
+    _clip(path, info, listed.found[path], splits[path]) for path, info in probed.items()
   )
-  index = Index(root, clips, {})
+  return _with_summary(Index(root, clips, {}), listed.files, listed.missing, without_caption, bad)
+
+
+def _with_summary(
+  index: Index, files: int, missing: int, without_caption: int, bad: Mapping[str, str]
+) -> Index:
   summary = {
-    "folder": str(root),
-    "files": len(files),
-    "clips": len(clips),
-    "videos": sum(clip.kind == "video" for clip in clips),
-    "images": sum(clip.kind == "image" for clip in clips),
+    "folder": str(index.folder),
+    "files": files,
+    "clips": len(index.clips),
+    "videos": sum(clip.kind == "video" for clip in index.clips),
+    "images": sum(clip.kind == "image" for clip in index.clips),
     "train": len(index.of_split("train")),
     "held_out": len(index.of_split("held_out")),
-    "seconds": round(sum(clip.duration for clip in clips), 3),
+    "seconds": round(sum(clip.duration for clip in index.clips), 3),
     "without_caption": without_caption,
-    "listed_but_missing": len(set(listed) - set(files)),
+    "listed_but_missing": missing,
     "unreadable": len(bad),
     "bad_files": [{"file": path, "reason": bad[path]} for path in sorted(bad)[:_LISTED_BAD_FILES]],
     "sha256": index.sha256,
@@ -203,108 +238,57 @@ def scan(
   return dataclasses.replace(index, summary=summary)
 
 
-def _media_files(root: Path) -> Iterator[str]:
-  """Paths relative to `root`, with forward slashes, of what looks like media."""
-  suffixes = frozenset(media.VIDEO_SUFFIXES + media.IMAGE_SUFFIXES)
-  for here, folders, names in os.walk(root):
-    folders[:] = [name for name in folders if not name.startswith(".")]
-    for name in names:
-      if not name.startswith(".") and Path(name).suffix.lower() in suffixes:
-        yield (Path(here) / name).relative_to(root).as_posix()
-
-
-def _read_captions(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-  """Captions, and camera motions where there are some, by relative path from captions.jsonl; every
-  fault is named by its line."""
-  try:
-    lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at U+2028, as splitlines does
-  except FileNotFoundError:
-    return {}, {}
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f"{path} cannot be read ({error}); save it as UTF-8 text.") from error
-  captions: dict[str, str] = {}
-  cameras: dict[str, str] = {}
-  line_of: dict[str, int] = {}
-  for number, line in enumerate(lines, start=1):
-    if not line.strip():
-      continue
-    file, caption, camera = _parse_caption_line(f"line {number} of {path}", line)
-    if file in line_of:
+def _indexed(root: Path) -> Index:
+  """The index that stands in the folder of its clips, which an earlier look at them has left."""
+  index = dataclasses.replace(load(root), folder=root)
+  for clip in index.clips:
+    path = (root / (clip.archive or clip.path)).resolve()
+    if not path.is_relative_to(root):
+      raise UserError(f"{root / INDEX_NAME} lists {clip.path}, which lies outside of the folder.")
+    if not path.is_file():
       raise UserError(
-        f"lines {line_of[file]} and {number} of {path} both describe {file!r}; keep one of them."
+        f"{root / INDEX_NAME} lists {clip.path}, which is not there: restore it, or delete the"
+        " index to have the folder looked through."
       )
-    line_of[file] = number
-    captions[file] = caption
-    if camera:
-      cameras[file] = camera
-  return captions, cameras
+  return _with_summary(index, len(index.clips), 0, 0, {})
 
 
-def _parse_caption_line(where: str, line: str) -> tuple[str, str, str]:
-  try:
-    entry = json.loads(line)
-  except ValueError as error:
-    raise UserError(f"{where} is not JSON ({error}); write {_CAPTION_LINE}.") from error
-  file = entry.get("file") if isinstance(entry, dict) else None
-  caption = entry.get("caption") if isinstance(entry, dict) else None
-  if not isinstance(file, str) or not isinstance(caption, str):
-    raise UserError(f'{where} lacks "file" or "caption" as texts; write {_CAPTION_LINE}.')
-  camera = entry.get("camera", "")
-  if not isinstance(camera, str):
-    raise UserError(f'{where} has a "camera" that is no text; write its motion, like "zoom in".')
-  normal = posixpath.normpath(file)
-  if not file or posixpath.isabs(normal) or normal.split("/")[0] == "..":
-    raise UserError(f"{where} names {file!r}; give a path inside the folder, relative to it.")
-  return normal, _one_line(caption), _one_line(camera)
-
-
-def _captions_of(
-  root: Path, files: Sequence[str], listed: Mapping[str, str]
-) -> tuple[dict[str, str], dict[str, str]]:
-  """Caption of each file that has one; complaint about each whose name or text is not UTF-8."""
-  captions: dict[str, str] = {}
-  bad: dict[str, str] = {}
-  for path in files:
-    printable = path.encode(errors="backslashreplace").decode()
-    if printable != path:
-      bad[printable] = f"the name {printable} is not UTF-8; rename it."
-      continue
-    sidecar = (root / path).with_suffix(".txt")
-    try:
-      caption = listed.get(path) or _one_line(sidecar.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-      continue
-    except (OSError, UnicodeDecodeError) as error:
-      bad[path] = f"{sidecar} cannot be read ({error}); save it as UTF-8 text."
-      continue
-    if caption:
-      captions[path] = caption
-  return captions, bad
-
-
-def _one_line(text: str) -> str:
-  return " ".join(text.split())
+def _list(root: Path, caption_key: str | None, unpack_to: Path | None) -> listing.Listing:
+  """Files and clips in tars; where none of them has a caption, clips of tables."""
+  listed = listing.folder(root, caption_key)
+  archives = tars.find(root)
+  for number, path in enumerate(archives, start=1):
+    logging.log_every_n(logging.INFO, "listing tar %d of %d, %s", 20, number, len(archives), path)
+    listed.add(tars.members(root, path, caption_key))
+  if not listed.found and (found := tables.find(root)):
+    return tables.clips(root, found, caption_key, unpack_to)
+  if not listed.found:
+    tars.refuse_compressed(root)
+  listed.found = dict(sorted(listed.found.items()))
+  return listed
 
 
 def _probe_all(
-  root: Path, paths: Sequence[str], threads: int | None
+  root: Path, found: Mapping[str, listing.Found], threads: int | None
 ) -> Iterator[tuple[str, media.MediaInfo | str]]:
   """Each path with what it holds, or with the reason why it cannot be used; in order."""
 
   def look(path: str) -> media.MediaInfo | str:
     try:
-      if not (root / path).resolve().is_relative_to(root):
+      where = found[path]
+      if not (root / (where.archive or path)).resolve().is_relative_to(root):
         return f"{root / path} is a link that leaves the folder; copy the file instead."
-      info = media.probe(root / path)
+      source = _open(root, path, where.archive, where.offset, where.bytes)
+      info = media.probe(source)
       if info.kind == "image":
-        media.read_image(root / path)  # nothing less tells whether it is whole
+        media.read_image(source)  # nothing less tells whether it is whole
     except (media.MediaError, OSError) as error:
       return str(error)
     return info
 
   pool = futures.ThreadPoolExecutor(threads or 2 * (os.cpu_count() or 1))
   try:
-    yield from zip(paths, pool.map(look, paths), strict=True)
+    yield from zip(found, pool.map(look, found), strict=True)
   finally:
     pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for thousands of files
 
@@ -325,7 +309,7 @@ def _split(paths: Sequence[str], seed: int, held_out: float) -> dict[str, Split]
   return {path: "held_out" if path in apart else "train" for path in paths}
 
 
-def _clip(path: str, info: media.MediaInfo, caption: str, split: Split, camera: str) -> Clip:
+def _clip(path: str, info: media.MediaInfo, found: listing.Found, split: Split) -> Clip:
   return Clip(
     id=hashlib.sha256(path.encode()).hexdigest()[:16],
     path=path,
@@ -335,15 +319,15 @@ def _clip(path: str, info: media.MediaInfo, caption: str, split: Split, camera: 
     fps=info.fps,
     frames=info.frames,
     duration=info.duration,
-    caption=caption,
     split=split,
-    camera=camera,
+    **dataclasses.asdict(found),
   )
 
 
 def _lines(clips: Sequence[Clip]) -> Iterator[str]:
   for clip in clips:
     line = dataclasses.asdict(clip)
-    if not clip.camera:
-      del line["camera"]
+    for name in ("camera", "archive", "offset", "bytes"):
+      if not line[name]:
+        del line[name]
     yield json.dumps(line, ensure_ascii=False) + "\n"

@@ -37,6 +37,7 @@ __all__ = [
   "VIDEO_SUFFIXES",
   "MediaError",
   "MediaInfo",
+  "NamedBytes",
   "contact_sheet",
   "display_size",
   "encode_video",
@@ -82,21 +83,32 @@ class MediaInfo:
   has_audio: bool
 
 
-def probe(path: str | os.PathLike) -> MediaInfo:
+class NamedBytes(bytes):
+  """The bytes of a whole file that is part of another one, with the name that messages use."""
+
+  name: str
+
+  def __new__(cls, data: bytes, name: str) -> "NamedBytes":
+    made = super().__new__(cls, data)
+    made.name = name
+    return made
+
+
+def probe(source: str | os.PathLike | NamedBytes) -> MediaInfo:
   """Reads the header and the first frame of a file.
 
   Frames are counted by reading packets only where the header does not say.
   Raises MediaError if the file is missing, is no media, is truncated or has no readable frame.
   """
-  path = os.fspath(path)
+  path = _name(source)
   if Path(path).suffix.lower() in IMAGE_SUFFIXES:
-    with _open_image(path) as image:
+    with _open_image(source) as image:
       width, height = image.size
       if image.getexif().get(_ORIENTATION, 1) > 4:  # lying on its side
         width, height = height, width
       codec = (image.format or "unknown").lower()
     return MediaInfo(path, "image", width, height, 0.0, 1, 0.0, codec, False)
-  with open_media(path) as container:
+  with open_media(source) as container:
     stream = video_stream(container, path)
     first = next(_decode(container, stream, path), None)
     if first is None:
@@ -106,7 +118,7 @@ def probe(path: str | os.PathLike) -> MediaInfo:
     codec = stream.codec_context.name
     rate = float(stream.average_rate or stream.guessed_rate or 0)
     frames, duration = stream.frames, header_duration(container, stream)
-    refuse_truncated(stream, path)
+    refuse_truncated(stream, source)
     # AVI has no duration of its own: FFmpeg takes it from the file's size.
     if container.format.name == "avi" and rate and frames / rate - duration > max(0.5, 2 / rate):
       raise MediaError(
@@ -114,7 +126,7 @@ def probe(path: str | os.PathLike) -> MediaInfo:
         " copy it again."
       )
   if frames == 0 or duration <= 0 or rate <= 0:
-    frames, duration, rate = _count(path, rate, duration)
+    frames, duration, rate = _count(source, rate, duration)
   return MediaInfo(path, "video", width, height, rate, frames, duration, codec, has_audio)
 
 
@@ -276,6 +288,8 @@ def _open_image(source) -> Iterator[Image.Image]:
 
 
 def _name(source) -> str:
+  if isinstance(source, NamedBytes):
+    return source.name
   return f"<{len(source)} bytes>" if isinstance(source, bytes) else os.fspath(source)
 
 
@@ -298,9 +312,10 @@ def header_duration(container, stream) -> float:
   return container.duration / av.time_base if container.duration else 0.0
 
 
-def refuse_truncated(stream, path):
+def refuse_truncated(stream, source):
   """An index that points past the end of the file: it was cut while being copied."""
-  size = os.path.getsize(path)
+  path = _name(source)
+  size = len(source) if isinstance(source, bytes) else os.path.getsize(path)
   end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
   if end > size:
     raise MediaError(

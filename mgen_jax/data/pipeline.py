@@ -6,225 +6,42 @@ number of hosts draws the same global batches, and to resume is to start at a st
 state is saved. With B examples in a global batch and P hosts, host p holds rows
 [p * B / P, (p + 1) * B / P): the global array is the same for every P.
 
-Not here: devices and shardings (`parallel`), or what a task makes of a batch.
+Not here: how an example is read (`sources`), devices and shardings (`parallel`), or what a task
+makes of a batch.
 """
 
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
 from absl import flags, logging
 
-from mgen_jax.data import media
-from mgen_jax.data.buckets import Bucket, Groups, group
-from mgen_jax.data.ingest import Clip, Index, Split
-from mgen_jax.data.records import RecordSource
+from mgen_jax.data.buckets import Bucket
+from mgen_jax.data.sources import Example, Source, Transform, sha256
 from mgen_jax.errors import UserError
 
-Example = dict[str, Any]
 Batch = dict[str, np.ndarray]
-Transform = Callable[[Example, np.random.Generator | None], Example]
 
-# How many unreadable clips in a row are passed over before reading gives up.
-_MOST_UNREADABLE = 8
 # Weights are compared as whole numbers of this resolution.
 _WEIGHT_UNIT = 2**20
-
-
-# --------------------------------------------------------------------------------------------------
-# Sources: examples of one bucket by index. They must be picklable and readable from many threads.
-
-
-class Source(Protocol):
-  """What the pipeline needs of the examples of one bucket.
-
-  `digest` names the content: equal digests give equal examples.
-  """
-
-  digest: str
-
-  def __len__(self) -> int: ...
-
-  def example(self, index: int, rng: np.random.Generator | None) -> Example:
-    """Example `index`; `rng` decides what is random in it, None asks for none (evaluation)."""
-
-
-class MediaSource:
-  """Windows of the clips of an index, decoded when they are asked for.
-
-  An example is {"video": uint8 [T, H, W, 3], "caption": str, "index": int (into `clips`), "start":
-  float (seconds), "fps": float (0 for an image)}. A clip longer than the bucket gives a random
-  window, or the centre one without `rng`; an image bucket gives one frame of a video alike.
-
-  A clip that turns out to be damaged is replaced by the next one that is not, with a warning; the
-  same clip is replaced by the same one on every host and after every restart.
-
-  Args:
-    folder: that the paths of `clips` are relative to.
-    clips: that `buckets.assign` put into `bucket` with the same `fps`.
-    fps: frames per second to sample at; None: each clip's own.
-  """
-
-  def __init__(
-    self, folder: Path | str, clips: Sequence[Clip], bucket: Bucket, *, fps: float | None = None
-  ):
-    self.folder = Path(folder)
-    self.clips = tuple(clips)
-    self.bucket = bucket
-    self.fps = fps
-    content = [bucket.name, fps, [dataclasses.astuple(clip) for clip in self.clips]]
-    self.digest = _sha256(content)
-
-  def __len__(self) -> int:
-    return len(self.clips)
-
-  def example(self, index: int, rng: np.random.Generator | None) -> Example:
-    place = 0.5 if rng is None else rng.random()
-    for attempt in range(min(_MOST_UNREADABLE, len(self))):
-      candidate = (index + attempt) % len(self)
-      try:
-        return self._read(candidate, place)
-      except media.MediaError as error:
-        damage = error
-        logging.warning("%s Another clip takes its place.", error)
-    raise UserError(
-      f"{attempt + 1} clips in a row of {self.folder} cannot be read; the last says: {damage}"
-    ) from damage
-
-  def _read(self, index: int, place: float) -> Example:
-    clip, bucket = self.clips[index], self.bucket
-    size = (bucket.height, bucket.width)
-    start, fps = 0.0, 0.0
-    if clip.kind == "image":
-      video = media.read_image(self.folder / clip.path, size)[None]
-    else:
-      start, duration = window(clip, bucket.frames, self.fps, place)
-      fps = 0.0 if bucket.is_image else bucket.frames / duration
-      video = media.read_video(
-        self.folder / clip.path, frames=bucket.frames, start=start, duration=duration, size=size
-      )
-    return {"video": video, "caption": clip.caption, "index": index, "start": start, "fps": fps}
-
-
-def window(clip: Clip, frames: int, fps: float | None, place: float) -> tuple[float, float]:
-  """(start, duration) in seconds of the window of `frames` frames at `place` in a clip.
-
-  Args:
-    fps: frames per second to sample at; None: the clip's own.
-    place: in [0, 1): 0 the first window that fits, 0.5 the centre one, 1 the last. Windows start on
-      a frame of the clip, so that at its own rate the frames come out one by one.
-  """
-  duration = frames / (fps or clip.fps)
-  places = max(0, math.floor(clip.frames - duration * clip.fps + 1e-6)) + 1
-  return math.floor(place * places) / clip.fps, duration
-
-
-def media_sources(
-  index: Index,
-  buckets: Sequence[Bucket],
-  *,
-  split: Split,
-  images_from_videos: bool = False,
-  fps: float | None = None,
-  max_crop: float = 0.2,
-) -> tuple[dict[Bucket, MediaSource], Groups]:
-  """A MediaSource for every bucket (perhaps empty), and how the clips were shared out.
-
-  Arguments as in `buckets.group`.
-  """
-  groups = group(
-    index.of_split(split),
-    buckets,
-    images_from_videos=images_from_videos,
-    target_fps=fps,
-    max_crop=max_crop,
-  )
-  sources = {
-    bucket: MediaSource(index.folder, clips, bucket, fps=fps)
-    for bucket, clips in groups.clips.items()
-  }
-  return sources, groups
-
-
-class LatentSource:
-  """Records that the encode stage wrote.
-
-  An example is {each array of the record, "caption": str, "index": int, "start": float (seconds),
-  "fps": float, "camera": its motion, "" if that is not known}.
-  """
-
-  def __init__(self, records: RecordSource):
-    self.records = records
-    self.bucket = records.bucket
-    self.digest = records.digest
-
-  def __len__(self) -> int:
-    return len(self.records)
-
-  def example(self, index: int, rng: np.random.Generator | None) -> Example:
-    del rng
-    record = self.records[index]
-    return {
-      **record.arrays,
-      "caption": record.caption,
-      "index": index,
-      "start": record.start,
-      "fps": record.fps,
-      "camera": str(record.info.get("camera", "")),
-    }
-
-
-class JointSource:
-  """Clips, each with images drawn from another source beside it (joint image-video training).
-
-  An example is that of the clip with "images", a list of `count` examples of `images`: drawn at
-  random and independently of the clip, or the first ones without `rng`.
-  """
-
-  def __init__(self, clips: Source, images: Source, count: int):
-    if not len(images):
-      raise UserError(
-        f"{count} images are to come beside each clip, and the image bucket has no examples: add "
-        "clips or images of its shape."
-      )
-    self.clips = clips
-    self.images = images
-    self.count = count
-    self.digest = _sha256([clips.digest, images.digest, count])
-
-  def __len__(self) -> int:
-    return len(self.clips)
-
-  def example(self, index: int, rng: np.random.Generator | None) -> Example:
-    chosen = (
-      np.arange(self.count) if rng is None else rng.integers(len(self.images), size=self.count)
-    )
-    images = [self.images.example(int(i) % len(self.images), rng) for i in chosen]
-    return {**self.clips.example(index, rng), "images": images}
-
-
-# --------------------------------------------------------------------------------------------------
-# Streams.
 
 
 class Stream(Iterator[tuple[Bucket, Batch]]):
   """Batches of this host, in order; close it, or use it in a `with`.
 
-  `bucket_at` and `examples_before` are for streams from `make_stream`.
+  `bucket_at`, `examples_at` and `examples_before` are for streams from `make_stream`.
 
   Attributes:
     step: of the batch that comes next.
@@ -240,6 +57,7 @@ class Stream(Iterator[tuple[Bucket, Batch]]):
     buckets: Sequence[Bucket],
     *,
     order: "_Order | None" = None,
+    names: "Sequence[_Names]" = (),
     batch_sizes: Mapping[Bucket, int],
     start_step: int = 0,
     fingerprint: str = "",
@@ -249,11 +67,14 @@ class Stream(Iterator[tuple[Bucket, Batch]]):
     self.fingerprint = fingerprint
     self._buckets = tuple(buckets)
     self._order = order
+    self._names = tuple(names)
     self._batch_sizes = dict(batch_sizes)
     # Held in a list so that closing lets go of it: Grain's own clean-up, run when the interpreter
     # is half taken down, prints errors.
     self._iterator = [iter(dataset)]
     self._close = weakref.finalize(self, _close_all, self._iterator)
+    # Now, and not at the first `next`: workers start and decode while the programs are compiled.
+    self._iterator[0].start_prefetch()
 
   def __next__(self) -> tuple[Bucket, Batch]:
     if not self._iterator:
@@ -269,6 +90,11 @@ class Stream(Iterator[tuple[Bucket, Batch]]):
   def bucket_at(self, step: int) -> Bucket:
     """The bucket of a step, without reading anything."""
     return self._buckets[self._order[step][0]]
+
+  def examples_at(self, step: int) -> tuple[Bucket, list[str]]:
+    """The bucket of a step, and what each example of its global batch was made from."""
+    bucket, number = self._order[step]
+    return self._buckets[bucket], self._names[bucket](number)
 
   def examples_before(self, step: int) -> dict[Bucket, int]:
     """How many examples of each bucket all hosts together draw before `step`.
@@ -306,6 +132,7 @@ def make_stream(
   threads: int = 4,
   workers: int = 0,
   transform: Transform | None = None,
+  repeat: bool = False,
 ) -> Stream:
   """An endless stream of training batches that starts at any step.
 
@@ -325,9 +152,11 @@ def make_stream(
       `if __name__ == "__main__"`. The stream is the same for any number.
     transform: of an example, called with a generator that depends on the seed and on the position
       of the example only. None keeps the example as it is.
+    repeat: allow a bucket with fewer examples than its batch: batches then repeat them.
 
   Raises:
-    UserError: a bucket without examples, or whose batch does not divide by the hosts.
+    UserError: a bucket without examples or with less than a batch of them, or whose batch does not
+      divide by the hosts.
   """
   if weights is not None and (set(weights) != set(sources) or min(weights.values()) < 0):
     raise UserError(
@@ -341,10 +170,15 @@ def make_stream(
   if weights is None:
     weights = {bucket: len(sources[bucket]) / batch_sizes[bucket] for bucket in buckets}
   order = _Order([weights[bucket] for bucket in buckets])
-  parts = []
+  parts, names = [], []
   for position, bucket in enumerate(buckets):
     size, length = batch_sizes[bucket], len(sources[bucket])
     if length < size:
+      if not repeat:
+        raise UserError(
+          f"bucket {bucket.name} has {length} examples for a batch of {size}: lower its batch to"
+          f" {length} or less, remove the bucket, or add clips of its length and shape."
+        )
       repeats = "Bucket %s has %d examples for a batch of %d: batches repeat them."
       logging.warning(repeats, bucket.name, length, size)
     bucket_seed = _hash32(seed, bucket.name)
@@ -352,15 +186,18 @@ def make_stream(
       position, sources[bucket], transform, bucket_seed, process_index, process_count
     )
     indices = grain.MapDataset.range(length).shuffle(seed=bucket_seed).repeat()
-    parts.append(indices.batch(size, drop_remainder=True).map_with_index(rows))
+    batches = indices.batch(size, drop_remainder=True)
+    parts.append(batches.map_with_index(rows))
+    names.append(_Names(sources[bucket], batches))
   mixed = grain.MapDataset.select_from_datasets(parts, order)
   return Stream(
     _read_ahead(mixed[start_step:], threads, workers),
     buckets,
     order=order,
+    names=names,
     batch_sizes=batch_sizes,
     start_step=start_step,
-    fingerprint=_sha256(
+    fingerprint=sha256(
       {
         "seed": seed,
         "buckets": {
@@ -463,6 +300,17 @@ class _HostRows:
     return example if self.transform is None else self.transform(example, rng)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Names:
+  """Number of a global batch of a bucket -> what its examples were made from."""
+
+  source: Source
+  batches: grain.MapDataset
+
+  def __call__(self, batch: int) -> list[str]:
+    return [self.source.name(int(index)) for index in self.batches[batch]]
+
+
 class _Order(grain.transforms.DatasetSelectionMap):
   """Step -> (bucket, how often it was drawn before): each as evenly spread as its weight allows.
 
@@ -490,6 +338,28 @@ class _Order(grain.transforms.DatasetSelectionMap):
     before, after = self.counts(step), self.counts(step + 1)
     bucket = next(i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b)
     return bucket, before[bucket]
+
+
+def check_shared_memory(batch_bytes: int, workers: int, folder: str = "/dev/shm") -> None:
+  """Refuses to start workers that would die of a full shared memory in the middle of a run.
+
+  Args:
+    batch_bytes: of the largest batch of this host.
+    workers: processes that hand batches over; 0 needs none.
+    folder: where the system keeps shared memory; one that has no such folder is not checked.
+
+  Raises:
+    UserError: two batches of each worker do not fit.
+  """
+  if not workers or not os.path.isdir(folder):
+    return
+  needed, free = 2 * workers * batch_bytes, shutil.disk_usage(folder).free
+  if needed > free:
+    raise UserError(
+      f"{workers} workers hand over batches of {batch_bytes / 2**20:,.0f} MiB through {folder}, of"
+      f" which {free / 2**20:,.0f} MiB are free and {needed / 2**20:,.0f} needed: enlarge it"
+      " (docker: --shm-size), or lower the batch or the number of workers."
+    )
 
 
 def _check(
@@ -522,7 +392,3 @@ def _names(buckets: Iterable[Bucket]) -> str:
 
 def _hash32(seed: int, name: str) -> int:
   return int.from_bytes(hashlib.blake2b(f"{seed}|{name}".encode(), digest_size=4).digest())
-
-
-def _sha256(content: Any) -> str:
-  return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,6 +1,6 @@
 """Compiles a program for a topology, from shapes alone: no array is ever made.
 
-`train_job` is the step that the loop would run (`training.loop.make_program`): loss, gradients,
+`train_job` is the step that the loop would run (`training.program.make_program`): loss, gradients,
 accumulation, optimizer, EMA, donation, on the mesh of the stage for that number of devices. Not
 here: what else can be planned (`sampling.py`), what the compiled program says (`hlo.py`) and how
 long it may take (`roofline.py`).
@@ -22,7 +22,7 @@ from mgen_jax.data.buckets import Bucket
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.planning.topologies import Topology
 from mgen_jax.tasks.base import Task, frozen_shapes
-from mgen_jax.training import loop
+from mgen_jax.training import program as program_lib
 from mgen_jax.training import state as state_lib
 
 # Kernels are timed against each other on a GPU that is here; without one the defaults are taken.
@@ -97,9 +97,9 @@ def train_job(
   stage: TrainStage = experiment.stages[name]
   task = tasks.make(stage.task)
   mesh = mesh_lib.make_mesh(stage.mesh, devices)
-  program = loop.make_program(task, stage, mesh, experiment.seed)
+  program = program_lib.make_program(task, stage, mesh, experiment.seed)
   state = state_lib.with_layout(program.shapes, program.layout)
-  batch = loop.batch_shapes(task, {bucket: stage.batches()[bucket].batch}, mesh)[bucket]
+  batch = program_lib.batch_shapes(task, {bucket: stage.batches()[bucket].batch}, mesh)[bucket]
   frozen = frozen_shapes(task, mesh)
   sizes = state_bytes(state) | {"batch": tree_bytes(batch), "frozen": tree_bytes(frozen)}
   arguments = (state, batch) if frozen is None else (state, batch, frozen)
@@ -142,7 +142,7 @@ def state_bytes(state: state_lib.TrainState) -> dict[str, int]:
   """Bytes of a state on one device, by part, from shapes (or arrays) and their shardings."""
   return {
     "parameters": tree_bytes(state.params),
-    "optimizer": tree_bytes((state.opt_state, state.step, state.nonfinite_step)),
+    "optimizer": tree_bytes((state.opt_state, state.step, state.history)),
     "ema": tree_bytes(state.ema),
   }
 

@@ -1,22 +1,36 @@
 """Checkpoints of a stage: state, data position and meta, saved as one, asynchronously, by Orbax.
 
-A checkpoint is either whole or invisible: Orbax writes beside it and renames. Nothing here falls
-back silently: a checkpoint that cannot be read is named, and the run stops.
+A checkpoint is either whole or invisible: Orbax writes beside it and renames. Then the checksums of
+its files are written (`checksums.py`), and compared before it is used. Nothing here falls back
+silently: a checkpoint that cannot be read is named, and the run stops unless it was told to take
+an older one. Checkpoints are ordered by step, never by a clock.
 """
 
 import os
+from concurrent import futures
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.experimental import multihost_utils
 
 from mgen_jax.errors import UserError
+from mgen_jax.training import checksums
+from mgen_jax.training.interrupt import lost_process
 from mgen_jax.training.state import TrainState, with_layout
+
+SET_ASIDE = "damaged"  # beside the folder: where `fall_back` moves what it passes over
 
 
 class CheckpointError(UserError):
   """A checkpoint that cannot be written, read, or used by this run."""
+
+
+class DamagedError(CheckpointError):
+  """A checkpoint that is not what was written."""
 
 
 class Restored(NamedTuple):
@@ -35,13 +49,16 @@ class Restored(NamedTuple):
 class Checkpoints:
   """The checkpoints of one stage, in `folder`/<step>/."""
 
-  def __init__(self, folder: str, *, keep: int = 2, read_only: bool = False):
+  def __init__(
+    self, folder: str, *, keep: int = 2, read_only: bool = False, fall_back: bool = False
+  ):
     """Opens (and unless `read_only` makes) the folder.
 
     Args:
       folder: where the steps lie.
       keep: how many checkpoints stay; an older one goes only after a newer one is whole.
       read_only: never writes or deletes.
+      fall_back: `restore` moves a damaged checkpoint out of the way and takes the one before.
     """
     self.folder = os.path.abspath(folder)
     if read_only:
@@ -55,12 +72,19 @@ class Checkpoints:
       "meta": ocp.JsonCheckpointHandler(),
     }
     self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+    self._fall_back = fall_back
     self._pending: int | None = None
+    self._verified: set[int] = set()  # steps whose files have been compared with their checksums
+    # One thread, in which each save ends: Orbax's commit, then our checksums.
+    self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
+    self._under_way: futures.Future | None = None
 
   def __enter__(self) -> "Checkpoints":
     return self
 
   def __exit__(self, kind, error, traceback) -> None:
+    if lost_process(error):  # a save that is under way lacks its part
+      return
     if error is None:
       self.close()
       return
@@ -70,8 +94,29 @@ class Checkpoints:
       logging.error("%s", another)
 
   def latest_step(self) -> int | None:
-    """The newest whole checkpoint, or None."""
-    return self._manager.latest_step()
+    """The newest whole checkpoint, once the save under way has ended; None: there is none."""
+    self.wait()
+    return self._newest()
+
+  def _newest(self) -> int | None:
+    steps = [step for step in self._manager.all_steps() if step != self._pending]
+    return max(steps, default=None)
+
+  def go_back(self, step: int) -> int | None:
+    """Deletes what is newer than the newest checkpoint of `step` or before; the oldest one stays.
+
+    Returns:
+      The step of the newest checkpoint that is left; None: there was none.
+    """
+    self.wait()
+    steps = sorted(self._manager.all_steps())
+    if not steps:
+      return None
+    target = max((s for s in steps if s <= step), default=steps[0])
+    for newer in reversed(steps):  # the newest first: what is left has no gap at any time
+      if newer > target:
+        self._manager.delete(newer)
+    return target
 
   def save(self, step: int, state: TrainState, data: dict[str, Any], meta: dict[str, Any]) -> None:
     """Starts to save; the state may be donated as soon as this returns.
@@ -86,10 +131,12 @@ class Checkpoints:
       meta=ocp.args.JsonSave(meta),
     )
     self._pending = step
+    self._verified.discard(step)
     try:
       self._manager.save(step, args=args, force=True)
     except Exception as error:
       raise self._write_error(error) from error
+    self._under_way = self._thread.submit(self._end_save, step)
 
   def wait(self) -> None:
     """Returns when the save under way is on disk.
@@ -97,25 +144,43 @@ class Checkpoints:
     Raises:
       CheckpointError: it could not be written.
     """
-    try:
-      self._manager.wait_until_finished()
-    except Exception as error:
-      raise self._write_error(error) from error
-    self._pending = None
+    under_way, self._under_way = self._under_way, None
+    if under_way is not None:
+      try:
+        under_way.result()
+      except Exception as error:
+        raise self._write_error(error) from error
 
-  def restore(self, shapes: TrainState, layout: TrainState, step: int | None = None) -> Restored:
-    """Reads a checkpoint onto the devices, whatever mesh it was saved from.
+  def _end_save(self, step: int) -> None:
+    """In a thread of its own: Orbax's writing and commit, then the checksums."""
+    self._manager.wait_until_finished()
+    self._pending = None  # whole
+    checksums.write(self._path(step), jax.process_index(), jax.process_count())
+
+  def restore(self, shapes: TrainState, layout: TrainState) -> Restored:
+    """Reads the newest checkpoint onto the devices, whatever mesh it was saved from.
 
     Args:
       shapes: the state as shapes and dtypes.
       layout: the sharding of each leaf.
-      step: which; the newest by default.
 
     Raises:
-      CheckpointError: there is none, it is damaged, or it belongs to another model.
+      CheckpointError: there is none, it is damaged (and there is no older one, or it is not to be
+        fallen back to), or it belongs to another model.
     """
-    step = self._existing(step)
     target = with_layout(shapes, layout)
+    while True:
+      step = self._existing(None)
+      try:
+        return self._restore(step, target)
+      except DamagedError as error:
+        if not self._fall_back or not [s for s in self._manager.all_steps() if s < step]:
+          raise
+        logging.error("%s It is passed over, as fall_back says.", error)
+        self._set_aside(step)
+
+  def _restore(self, step: int, target: TrainState) -> Restored:
+    self._verify(step)
     self._check_shapes(step, target)
     args = ocp.args.Composite(
       state=ocp.args.StandardRestore(target),
@@ -140,6 +205,7 @@ class Checkpoints:
       CheckpointError: there is none, it is damaged, or it belongs to another model.
     """
     step = self._existing(step)
+    self._verify(step)
     target = {"ema": with_layout(shapes, layout)}
     self._check_shapes(step, target, only="ema/")
     args = ocp.args.PyTreeRestore(
@@ -149,7 +215,7 @@ class Checkpoints:
     )
     try:
       with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.restore(os.path.join(self.folder, str(step), "state"), args=args)["ema"]
+        return reader.restore(self._path(step) / "state", args=args)["ema"]
     except Exception as error:
       raise self._read_error(step, error) from error
 
@@ -168,8 +234,42 @@ class Checkpoints:
 
   def close(self) -> None:
     """Waits for the save under way and lets the folder go."""
-    self.wait()
+    try:
+      self.wait()
+    finally:
+      self._thread.shutdown()
     self._manager.close()
+
+  def _path(self, step: int) -> Path:
+    return Path(self.folder) / str(step)
+
+  def _verify(self, step: int) -> None:
+    """Compares the files with their checksums, once; all processes come to the same end."""
+    if step in self._verified:
+      return
+    damage = None
+    try:
+      checksums.verify(self._path(step), jax.process_index(), jax.process_count())
+    except (checksums.Damaged, OSError) as error:
+      damage = error
+    if jax.process_count() > 1:
+      seen = multihost_utils.process_allgather(np.int32(damage is not None))
+      if seen.any() and damage is None:
+        damage = checksums.Damaged(f"says process {int(np.argmax(seen))}")
+    if damage is not None:
+      raise self._read_error(step, damage)
+    self._verified.add(step)
+
+  def _set_aside(self, step: int) -> None:
+    """Moves a checkpoint out of the way; nothing is deleted."""
+    if jax.process_index() == 0:
+      place = Path(self.folder).parent / SET_ASIDE / str(step)
+      while place.exists():
+        place = place.with_name(place.name + "-again")
+      place.parent.mkdir(parents=True, exist_ok=True)
+      os.rename(self._path(step), place)
+    multihost_utils.sync_global_devices(f"checkpoint {step} is set aside")
+    self._manager.reload()
 
   def _existing(self, step: int | None) -> int:
     step = self.latest_step() if step is None else step
@@ -202,22 +302,27 @@ class Checkpoints:
         "use the config it was trained with, or another --workdir."
       )
 
-  def _read_error(self, step: int, error: Exception) -> CheckpointError:
+  def _read_error(self, step: int, error: Exception) -> DamagedError:
     older = [s for s in self._manager.all_steps() if s < step]
-    fix = f"to go back to step {max(older)}" if older else "to start this stage again"
+    fix = "to start this stage again"
+    if older:
+      fix = f"(or set fall_back) to go back to step {max(older)}"
     first_line = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    return CheckpointError(
+    return DamagedError(
       f"checkpoint {self.folder}/{step} is damaged ({first_line}): restore that folder from a "
       f"copy, or delete it {fix}."
     )
 
   def _write_error(self, error: Exception) -> CheckpointError:
-    good = [s for s in self._manager.all_steps() if s != self._pending]
-    kept = f"the checkpoint of step {max(good)} is whole" if good else "no earlier one exists"
+    good = self._newest()
+    what = f"checkpoint {self.folder}/{self._pending}"
+    if self._pending is None:
+      what = f"the list of checksums of checkpoint {self.folder}/{good}"
+    kept = f"the checkpoint of step {good} is whole" if good is not None else "no other one exists"
     first_line = (str(error).splitlines() or [type(error).__name__])[0][:200]
     return CheckpointError(
-      f"checkpoint {self.folder}/{self._pending} could not be written ({first_line}); {kept}: make "
-      "room on that disk and run the same command again."
+      f"{what} could not be written ({first_line}); {kept}: make room on that disk and run the "
+      "same command again."
     )
 
 

@@ -1,16 +1,19 @@
 """The data of a train stage: from what earlier stages left on disk to a `loop.Stream`."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 from mgen_jax import config as config_lib
 from mgen_jax.config import TrainStage
-from mgen_jax.data import ingest, pipeline, records
+from mgen_jax.data import ingest, pipeline, records, shares
+from mgen_jax.data import sources as sources_lib
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.errors import UserError
 from mgen_jax.tasks.base import JointTask, Task
@@ -62,7 +65,11 @@ def make_stream(work: Workdir, name: str, task: Task) -> tuple[loop.Stream, dict
   else:
     latents = read_json(work.latents(stage.latents) / STATISTICS_NAME)
     train, held_out = _latent_sources(work, stage, task, latents)
-  buckets = _with_examples(name, stage, train)
+  parts = _with_examples(name, stage, task, stage.batches(), train)
+  share = shares.of_steps(parts, by=stage.mix, images_to_videos=stage.images_to_videos)
+  logging.info("stage %s draws from:\n%s", name, shares.table(parts, share, stage.steps))
+  sizes = {bucket: part.batch for bucket, part in parts.items()}
+  pipeline.check_shared_memory(_batch_bytes(task, sizes), stage.workers)
   common = {
     "process_index": jax.process_index(),
     "process_count": jax.process_count(),
@@ -71,29 +78,29 @@ def make_stream(work: Workdir, name: str, task: Task) -> tuple[loop.Stream, dict
   }
 
   def start(step: int) -> pipeline.Stream:
-    return pipeline.make_stream(
-      {bucket: train[bucket] for bucket in buckets},
-      batch_sizes={bucket: entry.batch for bucket, entry in buckets.items()},
-      weights={bucket: entry.weight for bucket, entry in buckets.items()},
+    opened = pipeline.make_stream(
+      {bucket: train[bucket] for bucket in parts},
+      batch_sizes=sizes,
+      weights=share,
       seed=work.experiment.seed,
       start_step=step,
       workers=stage.workers,
+      repeat=stage.small_buckets == "repeat",
       **common,
     )
+    _check_hosts(name, opened.fingerprint)
+    return opened
 
   def validation() -> Iterator[tuple[Bucket, dict[str, np.ndarray]]]:
-    sources = {bucket: held_out[bucket] for bucket in buckets if len(held_out[bucket])}
+    sources = {bucket: held_out[bucket] for bucket in parts if len(held_out[bucket])}
     seen = dict.fromkeys(sources, 0)
-    with pipeline.make_ordered_stream(
-      sources, batch_sizes={bucket: buckets[bucket].batch for bucket in sources}, **common
-    ) as stream:
-      for bucket, batch in stream:
+    with pipeline.make_ordered_stream(sources, batch_sizes=sizes, **common) as batches:
+      for bucket, batch in batches:
         del batch["valid"]  # a last batch repeats an example: still the same every time
         seen[bucket] += 1
         if seen[bucket] <= stage.validate_batches:
           yield bucket, batch
 
-  sizes = {bucket: entry.batch for bucket, entry in buckets.items()}
   return loop.Stream(sizes, start, validation), latents
 
 
@@ -118,12 +125,12 @@ def _media_sources(work: Workdir, stage: TrainStage) -> tuple[dict, dict]:
   index = ingest.load(work.folder(config_lib.ingest_of(work.experiment)))
   both = []
   for split in ("train", "held_out"):
-    sources, groups = pipeline.media_sources(
+    sources, groups = sources_lib.media_sources(
       index,
       list(stage.batches()),
       split=split,
       images_from_videos=stage.images_from_videos,
-      fps=data.fps,
+      fps=data.rate,
       max_crop=data.max_crop,
     )
     both.append(sources)
@@ -139,10 +146,10 @@ def _latent_sources(
   both = []
   for split in ("train", "held_out"):
 
-    def read(bucket: Bucket, split: str = split) -> pipeline.Source:
+    def read(bucket: Bucket, split: str = split) -> sources_lib.Source:
       source = records.open_records(work.latents(stage.latents) / split / bucket.name)
       check_autoencoder(source.settings, statistics, str(source.folder))
-      return pipeline.LatentSource(source)
+      return sources_lib.LatentSource(source)
 
     sources = {}
     for bucket in stage.batches():
@@ -150,25 +157,64 @@ def _latent_sources(
       images = task.images(bucket) if isinstance(task, JointTask) else 0
       if images and len(sources[bucket]):
         still = read(dataclasses.replace(bucket, frames=1))
-        sources[bucket] = pipeline.JointSource(sources[bucket], still, images)
+        sources[bucket] = sources_lib.JointSource(sources[bucket], still, images)
     both.append(sources)
   return both[0], both[1]
 
 
 def _with_examples(
-  name: str, stage: TrainStage, sources: Mapping[Bucket, pipeline.Source]
-) -> dict[Bucket, config_lib.BucketConfig]:
-  """The buckets that can be trained on; a user's videos need not fill all."""
-  kept = {}
-  for bucket, entry in stage.batches().items():
-    if len(sources[bucket]):
-      kept[bucket] = entry
-    else:
-      logging.warning("stage %s: bucket %s has no examples and is left out", name, bucket.name)
+  name: str,
+  stage: TrainStage,
+  task: Task,
+  buckets: Mapping[Bucket, config_lib.BucketConfig],
+  sources: Mapping[Bucket, sources_lib.Source],
+) -> dict[Bucket, shares.Part]:
+  """The buckets that are trained on; those with less than a batch as `small_buckets` says."""
+  kept, small = {}, []
+  for bucket, entry in buckets.items():
+    examples = len(sources[bucket])
+    part = shares.Part(examples, entry.batch, entry.weight, task.tokens(bucket))
+    if examples >= entry.batch or (examples and stage.small_buckets == "repeat"):
+      kept[bucket] = part
+      continue
+    small.append(f"{bucket.name} has {examples} examples for a batch of {entry.batch}")
+    if stage.small_buckets == "error":
+      smaller = f"set config.stages.{name}.buckets.b{bucket.name}.batch to {examples} or less, "
+      raise UserError(
+        f"stage {name}: bucket {small[0]}: {smaller if examples else ''}add clips of its length "
+        f"and shape, remove the bucket, or set config.stages.{name}.small_buckets to "
+        f"{'repeat or leave_out' if examples else 'leave_out'}."
+      )
+    logging.warning("stage %s: bucket %s and is left out", name, small[-1])
   if not kept:
     raise UserError(
-      f"no clip fits a bucket of stage {name} ({', '.join(sorted(stage.buckets))}): set "
-      f"config.stages.{name}.buckets to lengths and shapes that the videos have, or raise "
-      "config.data.max_crop."
+      f"no bucket of stage {name} has enough clips ({'; '.join(small)}): set "
+      f"config.stages.{name}.buckets to lengths and shapes that the videos have, lower their "
+      "batch, or raise config.data.max_crop."
     )
   return kept
+
+
+def _batch_bytes(task: Task, sizes: Mapping[Bucket, int]) -> int:
+  """Of the largest batch, the share of one host."""
+  return max(
+    sum(
+      math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
+      for spec in task.batch_spec(bucket, examples // jax.process_count()).values()
+    )
+    for bucket, examples in sizes.items()
+  )
+
+
+def _check_hosts(name: str, fingerprint: str) -> None:
+  """Refuses to start where hosts see different data: they would train on different batches."""
+  if jax.process_count() == 1:
+    return
+  mine = np.frombuffer(bytes.fromhex(fingerprint), np.uint8)
+  all_hosts = multihost_utils.process_allgather(mine)
+  others = [host for host, found in enumerate(all_hosts) if not np.array_equal(found, all_hosts[0])]
+  if others:
+    raise UserError(
+      f"stage {name}: host {others[0]} has other data than host 0 (another hash of its index and "
+      "settings): give all hosts the same --workdir, videos and config."
+    )

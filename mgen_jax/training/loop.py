@@ -5,31 +5,35 @@ A run starts in one of three ways, tried in this order:
   2. the stage says `init_from` another: start at step 0 from that stage's averaged parameters;
   3. else: start at step 0 from random parameters.
 
-Not here: what is learned (`tasks/`), the step itself (`step.py`), what a stage is (`runner.py`).
+Not here: what is learned (`tasks/`), the step itself (`step.py`), what a stage is (`runner.py`),
+what is done about a bad step (`guard.py`), how checkpoints are kept whole (`checkpoint.py`).
+docs/reliability.md lists every fault and what comes of it.
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-import optax
 from absl import logging
 
 from mgen_jax.config import TrainStage
 from mgen_jax.data.buckets import Bucket
+from mgen_jax.errors import UserError
 from mgen_jax.parallel import mesh as mesh_lib
-from mgen_jax.parallel import rules
 from mgen_jax.tasks.base import Task
 from mgen_jax.training import metrics as metrics_lib
-from mgen_jax.training import optimizer as optimizer_lib
 from mgen_jax.training import state as state_lib
 from mgen_jax.training import step as step_lib
 from mgen_jax.training.checkpoint import CheckpointError, Checkpoints
+from mgen_jax.training.guard import Guard, RollBack
 from mgen_jax.training.interrupt import Interrupted, StopSignal
 from mgen_jax.training.meter import Meter
+from mgen_jax.training.patience import Patience
+from mgen_jax.training.program import Program, batch_shapes, make_program
 
 Rows = tuple[Bucket, dict[str, np.ndarray]]  # a bucket and this host's rows of a batch
 
@@ -43,6 +47,8 @@ class Batches(Protocol):
 
   def __next__(self) -> Rows: ...
 
+  def examples_at(self, step: int) -> tuple[Bucket, list[str]]: ...  # names, of a global batch
+
   def close(self) -> None: ...
 
 
@@ -50,7 +56,7 @@ class Stream(NamedTuple):
   """Where batches come from."""
 
   batch_sizes: Mapping[Bucket, int]  # global
-  open: Callable[[int], Batches]  # from a step on
+  open: Callable[[int], Batches]  # from a number of batch on
   validation: Callable[[], Iterator[Rows]]  # held out, finite, always the same
 
 
@@ -85,118 +91,158 @@ def train(
     Seconds that this stage has taken, earlier runs of it included.
 
   Raises:
-    NotFiniteError: a loss or gradient that is not finite.
+    BadStepError: a loss or gradient that is not finite, or a spike (`guard.py`).
     CheckpointError: a checkpoint that cannot be read or written.
     Interrupted: on SIGINT or SIGTERM, after saving.
   """
   began = time.perf_counter()
   with contextlib.ExitStack() as stack:
     stack.enter_context(mesh_lib.use(mesh))
-    stop = stack.enter_context(StopSignal())
-    checkpoints = stack.enter_context(Checkpoints(f"{folder}/checkpoints", keep=config.keep))
-    optimizer, shapes, layout, train_step = make_program(task, config, mesh, seed)
-    validate = step_lib.make_validation(task, seed=seed)
-
-    extra = () if frozen is None else (frozen,)
-
-    # Restore.
-    start, seconds_before = 0, 0.0
-    if checkpoints.latest_step() is not None:
-      restored = checkpoints.restore(shapes, layout)
-      start, state = restored.step, restored.state
-      seconds_before = restored.meta["seconds"]
-      logging.info("stage %s continues from step %d of %d", name, start, config.steps)
-    else:
-      initial = load_initial(shapes.params, layout.params) if load_initial else None
-      state = state_lib.initialise(task, optimizer, layout, seed, initial)
-
-    rows_of = batch_shapes(task, stream.batch_sizes, mesh)
-    batches = stack.enter_context(contextlib.closing(stream.open(start)))
-    if start:
-      _check_data(restored.data, batches, checkpoints.folder)
-    if start < config.steps:
-      train_step = step_lib.compile_for(
-        train_step, state_lib.with_layout(shapes, layout), rows_of, frozen
-      )
-    metrics = stack.enter_context(
-      metrics_lib.Metrics(folder, name, steps=config.steps, start_step=start)
+    run = _Run(
+      *(task, config, stream, mesh, name, seed, folder, meta, began),
+      frozen=() if frozen is None else (frozen,),
+      program=make_program(task, config, mesh, seed),
+      rows_of=batch_shapes(task, stream.batch_sizes, mesh),
+      validate=step_lib.make_validation(task, seed=seed),
+      stop=stack.enter_context(StopSignal()),
+      patience=stack.enter_context(Patience()),
+      checkpoints=stack.enter_context(
+        Checkpoints(f"{folder}/checkpoints", keep=config.keep, fall_back=config.fall_back)
+      ),
     )
-    meter = Meter(task, metrics, checkpoints, name, config.log_every)
+    beyond = None  # of a roll-back: the batch that it goes past, and how many there were by then
+    while True:
+      state, at, fingerprint = run.restore(load_initial)
+      if beyond is not None:
+        at = at.past(*beyond)
+      with contextlib.closing(stream.open(at.batch)) as batches:
+        if fingerprint is not None:
+          _check_data(fingerprint, batches, run.checkpoints.folder)
+        try:
+          return run.steps(state, at, batches)
+        except RollBack as bad:
+          beyond = at.batch + bad.step - 1 - at.step, at.roll_backs + 1
+          target = bad.step - 1 - config.guard.back
+          logging.warning("%s: goes back, and on after batch %d", bad, beyond[0])
+      del state
+      run.checkpoints.go_back(target)
 
+
+class Progress(NamedTuple):
+  """How far a stage has come; a checkpoint keeps it."""
+
+  step: int = 0
+  passed_over: int = 0  # batches that roll-backs have gone past
+  roll_backs: int = 0
+
+  @property
+  def batch(self) -> int:
+    """The number of the batch that comes next."""
+    return self.step + self.passed_over
+
+  def past(self, batch: int, roll_backs: int) -> "Progress":
+    """The same step, with the data after a batch."""
+    return Progress(self.step, batch + 1 - self.step, roll_backs)
+
+
+@dataclasses.dataclass
+class _Run:
+  """What stays the same when a stage goes back to an earlier step."""
+
+  task: Task
+  config: TrainStage
+  stream: Stream
+  mesh: jax.sharding.Mesh
+  name: str
+  seed: int
+  folder: str
+  meta: dict[str, Any]
+  began: float  # when this process did, less what the stage has taken before
+  frozen: tuple[Any, ...]  # nothing, or the frozen parameters
+  program: Program
+  rows_of: dict[Bucket, dict[str, jax.ShapeDtypeStruct]]
+  validate: Callable[..., jax.Array]
+  stop: StopSignal
+  patience: Patience
+  checkpoints: Checkpoints
+  train_step: Mapping[Bucket, Callable[..., Any]] | None = None  # once it is compiled
+
+  def restore(self, load_initial: Callable[[Any, Any], Any] | None):
+    """(state, progress, fingerprint of the data or None): of the newest checkpoint, or step 0."""
+    optimizer, shapes, layout, _ = self.program
+    if self.checkpoints.latest_step() is None:
+      initial = load_initial(shapes.params, layout.params) if load_initial else None
+      state = state_lib.initialise(self.task, optimizer, layout, self.seed, initial)
+      return state, Progress(), None
+    restored = self.checkpoints.restore(shapes, layout)
+    logging.info(
+      "stage %s continues from step %d of %d", self.name, restored.step, self.config.steps
+    )
+    if self.train_step is None:  # it is this process's first, not one that it goes back to
+      self.began -= restored.meta["seconds"]
+    at = Progress(restored.step, restored.data["passed_over"], restored.data["roll_backs"])
+    return restored.state, at, restored.data["fingerprint"]
+
+  def steps(self, state: state_lib.TrainState, at: Progress, batches: Batches) -> float:
+    """From where the stage is to its last step; returns the seconds that it has taken."""
+    config = self.config
+    if self.train_step is None and at.step < config.steps:
+      self.train_step = self.program.compile(self.rows_of, *self.frozen)
+    guard = Guard(
+      *(config.guard, self.name, self.folder),
+      examples_of=lambda step: batches.examples_at(step - 1 + at.passed_over),
+      last_good=self.checkpoints.latest_step,
+      roll_backs=at.roll_backs,
+    )
     # Evaluate if due -> save if due -> next batch -> step -> log the steps before.
-    saved = start
-    for step in range(start, config.steps + 1):
-      last = step == config.steps
-      signum = stop.received(step, config.log_every)
-      if step > start and _due(step, config.validate_every, last):
-        losses = [
-          validate(state.ema, _to_devices(rows, rows_of[bucket]), index, *extra)
-          for index, (bucket, rows) in enumerate(stream.validation())
-        ]
-        metrics.write(step, {"validation_loss": float(np.mean(jax.device_get(losses)))})
-      if step > saved and (_due(step, config.checkpoint_every, last) or signum):
+    with metrics_lib.Metrics(
+      self.folder, self.name, steps=config.steps, start_step=at.step
+    ) as metrics:
+      meter = Meter(self.task, metrics, guard.check, config.log_every)
+      saved = at.step
+
+      def save(step):
         meter.flush()  # stops here rather than save a state that went wrong
-        data = {"step": step, "seed": seed, "fingerprint": batches.fingerprint}
-        seconds = seconds_before + time.perf_counter() - began
-        checkpoints.save(step, state, data, {**meta, "seconds": seconds})
-        saved = step
-      if signum:
-        checkpoints.wait()
-        raise Interrupted(signum, name, step)
-      if last:
-        break
-      with meter.waiting():
-        bucket, rows = next(batches)
-      state, values = train_step[bucket](state, _to_devices(rows, rows_of[bucket]), *extra)
-      meter.after(step + 1, bucket, stream.batch_sizes[bucket], values)
-  return seconds_before + time.perf_counter() - began
+        seconds = time.perf_counter() - self.began
+        data = {"step": step, "seed": self.seed, "fingerprint": batches.fingerprint}
+        data |= {"passed_over": at.passed_over, "roll_backs": at.roll_backs}
+        with self.patience.over("the checkpoint before to be written"):
+          self.checkpoints.save(step, state, data, {**self.meta, "seconds": seconds})
 
-
-class Program(NamedTuple):
-  """What a stage runs, before it is compiled: no array is made for it."""
-
-  optimizer: optax.GradientTransformation
-  shapes: state_lib.TrainState  # of the state
-  layout: state_lib.TrainState  # its shardings
-  train_step: Callable[..., Any]  # from `step.make_train_step`
-
-
-def make_program(task: Task, config: TrainStage, mesh: jax.sharding.Mesh, seed: int) -> Program:
-  """The train step of a stage on a mesh, which may be one of devices that are not here."""
-  optimizer = optimizer_lib.make_optimizers(
-    config.optimizer, config.optimizers, state_lib.untrained_parts(task), config.steps
-  )
-  layout = state_lib.shardings(task, optimizer, mesh)
-  train_step = step_lib.make_train_step(
-    task,
-    optimizer,
-    optimizer_lib.make_schedule(config.optimizer, config.steps),
-    layout,
-    seed=seed,
-    passes=lambda examples: config.passes(examples, mesh_lib.batch_shards(mesh)),
-    ema_decay=config.ema_decay,
-  )
-  return Program(optimizer, state_lib.shapes(task, optimizer), layout, train_step)
+      for step in range(at.step, config.steps + 1):
+        last = step == config.steps
+        signum = self.stop.received(self.mesh, last)
+        if step > at.step and _due(step, config.validate_every, last):
+          losses = [
+            self.validate(state.ema, _to_devices(rows, self.rows_of[bucket]), index, *self.frozen)
+            for index, (bucket, rows) in enumerate(self.stream.validation())
+          ]
+          metrics.write(step, {"validation_loss": float(np.mean(jax.device_get(losses)))})
+        if step > saved and (_due(step, config.checkpoint_every, last) or signum):
+          save(step)
+          saved = step
+        if signum:
+          self.checkpoints.wait()
+          raise Interrupted(signum, self.name, step)
+        if last:
+          break
+        try:
+          with meter.waiting(), self.patience.over(f"the batch of step {step + 1}"):
+            bucket, rows = next(batches)
+        except UserError as error:  # its records are gone; the state is as good as ever
+          if step > saved and jax.process_count() == 1:  # others are on their way, and cannot save
+            logging.error("%s", error)
+            save(step)
+          raise
+        rows = _to_devices(rows, self.rows_of[bucket])
+        state, values = self.train_step[bucket](state, rows, *self.frozen)
+        meter.after(step + 1, bucket, self.stream.batch_sizes[bucket], values)
+    return time.perf_counter() - self.began
 
 
 def _due(step: int, every: int, last: bool) -> bool:
   """Whether something that happens every so many steps (0: never) and at the end is due."""
   return every > 0 and (step % every == 0 or last)
-
-
-def batch_shapes(
-  task: Task, batch_sizes: Mapping[Bucket, int], mesh: jax.sharding.Mesh
-) -> dict[Bucket, dict[str, jax.ShapeDtypeStruct]]:
-  """The batch of each bucket as shapes, dtypes and shardings, which follow the rules table."""
-  return {
-    bucket: {
-      name: jax.ShapeDtypeStruct(
-        spec.shape, spec.dtype, sharding=rules.sharding(mesh, spec.axes, spec.shape)
-      )
-      for name, spec in task.batch_spec(bucket, examples).items()
-    }
-    for bucket, examples in batch_sizes.items()
-  }
 
 
 def _to_devices(
@@ -209,11 +255,11 @@ def _to_devices(
   }
 
 
-def _check_data(data: dict[str, Any], batches: Batches, folder: str) -> None:
+def _check_data(fingerprint: str, batches: Batches, folder: str) -> None:
   """Refuses to continue on other data: the order of examples would silently change."""
-  if data["fingerprint"] != batches.fingerprint:
+  if fingerprint != batches.fingerprint:
     raise CheckpointError(
       f"the checkpoint in {folder} was trained on other data, buckets, batch sizes or another seed "
-      f"({data['fingerprint'][:8]} there, {batches.fingerprint[:8]} here): restore them, or use "
-      "another --workdir."
+      f"({fingerprint[:8]} there, {batches.fingerprint[:8]} here): restore them, or use another "
+      "--workdir."
     )

@@ -2,17 +2,16 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
 
 from mgen_jax.data.buckets import Bucket
-from mgen_jax.errors import UserError
 from mgen_jax.parallel import hardware
 from mgen_jax.tasks.base import Task
 from mgen_jax.training import metrics as metrics_lib
-from mgen_jax.training.checkpoint import Checkpoints
+from mgen_jax.training.guard import GOOD
 
 Values = dict[str, jax.Array]
 
@@ -21,23 +20,27 @@ Values = dict[str, jax.Array]
 MAX_IN_FLIGHT = 2
 
 
-class NotFiniteError(UserError):
-  """A loss or a gradient that is not finite."""
-
-
 class Meter:
-  """Gathers what happens between two log lines."""
+  """Gathers what happens between two log lines.
+
+  Args:
+    task: what is learned.
+    metrics: where the lines go.
+    check: called with each step's number and values, in order, before its line is written; what it
+      raises ends the run or sends it back (`guard.Guard.check`).
+    log_every: steps.
+  """
 
   def __init__(
     self,
     task: Task,
     metrics: metrics_lib.Metrics,
-    checkpoints: Checkpoints,
-    stage: str,
+    check: Callable[[int, Mapping[str, np.ndarray]], None],
     log_every: int,
   ):
-    self._task, self._metrics, self._checkpoints = task, metrics, checkpoints
-    self._stage, self._log_every = stage, log_every
+    self._task, self._metrics, self._check = task, metrics, check
+    self._log_every = log_every
+    self._checked: int | None = None  # the last step that was
     self._interval = _Interval()
     self._due: _Interval | None = None  # complete, but its last steps may still be running
     self._written = time.perf_counter()  # when the last line was
@@ -54,8 +57,10 @@ class Meter:
     """Step number `step` on a batch of `examples` is queued; `values` are its metrics to come.
 
     Raises:
-      NotFiniteError: an earlier step's loss or gradient was not finite.
+      what `check` raises for an earlier step.
     """
+    if self._checked is None:
+      self._checked = step - 1
     interval = self._interval
     interval.values.append(values)
     interval.examples += examples
@@ -73,23 +78,24 @@ class Meter:
     """Writes the line that is due and checks all steps so far.
 
     Raises:
-      NotFiniteError: a loss or gradient was not finite.
+      what `check` raises for one of them.
     """
     self._write_due()
-    if self._interval.values:
-      self._check(jax.device_get(self._interval.values[-1]))
+    self._check_all(jax.device_get(self._interval.values), self._interval)
 
   def _write_due(self) -> None:
     if self._due is None:
       return
     interval, self._due = self._due, None
     values = jax.device_get(interval.values)
-    self._check(values[-1])
+    self._check_all(values, interval)
     now = time.perf_counter()
     seconds = max(now - self._written, 1e-6)
     peak = hardware.peak_flops(jax.devices()[0])
-    line = {name: float(np.mean([v[name] for v in values])) for name in values[-1]}
-    del line["nonfinite_step"]
+    good = [v for v in values if v["verdict"] == GOOD]
+    line = {n: float(np.mean([v[n] for v in good])) if good else None for n in values[-1]}
+    del line["verdict"]
+    line["bad_steps"] = len(values) - len(good)
     line["lr"] = float(values[-1]["lr"])
     line["examples_per_second"] = interval.examples / seconds
     line["tokens_per_second"] = interval.tokens / seconds
@@ -99,17 +105,12 @@ class Meter:
     self._metrics.write(interval.step, line)
     self._written, self._waited = now, 0.0
 
-  def _check(self, values: dict[str, np.ndarray]) -> None:
-    bad = int(values["nonfinite_step"])
-    if bad < 0:
-      return
-    good = self._checkpoints.latest_step()
-    last = f"its last good checkpoint is step {good}" if good is not None else "no checkpoint yet"
-    raise NotFiniteError(
-      f"stage {self._stage}: the loss or the gradient of step {bad + 1} is not finite ({last} in "
-      f"{self._checkpoints.folder}): lower optimizer.lr or optimizer.clip_norm, lengthen "
-      "optimizer.warmup_steps, or look for bad data, and run the same command again."
-    )
+  def _check_all(self, values: list[dict[str, np.ndarray]], interval: "_Interval") -> None:
+    """Shows each step of an interval to `check` once: `flush` may have seen some of them."""
+    for value in values[interval.checked :]:
+      self._checked += 1
+      interval.checked += 1
+      self._check(self._checked, value)
 
 
 class _Interval:
@@ -118,5 +119,6 @@ class _Interval:
   def __init__(self):
     self.step = 0
     self.values: list[Values] = []
+    self.checked = 0  # of the values
     self.examples = self.tokens = 0
     self.flops = 0.0

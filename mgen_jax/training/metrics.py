@@ -42,7 +42,9 @@ class Metrics:
     _keep_until(self._path, start_step)
     self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (`close` does)
     self._board = tensorboardX.SummaryWriter(
-      os.path.join(folder, "tensorboard"), purge_step=start_step + 1 if start_step else None
+      os.path.join(folder, "tensorboard"),
+      purge_step=start_step + 1 if start_step else None,
+      max_queue=0,  # no limit: its thread dies of a full disk, and a full queue would wait for it
     )
     if sys.stderr.isatty():
       self._bar = progress.Progress(

@@ -15,6 +15,7 @@ import optax
 
 from mgen_jax.parallel import rules
 from mgen_jax.tasks.base import Task
+from mgen_jax.training import guard
 
 
 @flax.struct.dataclass
@@ -25,7 +26,7 @@ class TrainState:
   params: Any
   opt_state: Any
   ema: Any  # exponential moving average of params
-  nonfinite_step: jax.Array  # int32 []: the first step whose update was not finite, or -1
+  history: guard.History  # of the last good steps: what a bad one is told by
 
 
 def stream_key(seed: int, stream: str, step: int | jax.Array) -> jax.Array:
@@ -67,7 +68,7 @@ def create(task: Task, optimizer: optax.GradientTransformation, key: jax.Array) 
     params=params,
     opt_state=optimizer.init(params),
     ema=jax.tree.map(jnp.copy, params),
-    nonfinite_step=jnp.full((), -1, jnp.int32),
+    history=guard.no_history(),
   )
 
 
@@ -91,9 +92,8 @@ def shardings(
     transform_non_params=lambda _: whole,
     is_leaf=lambda leaf: isinstance(leaf, masked),
   )
-  return TrainState(
-    step=whole, params=params, opt_state=opt_state, ema=params, nonfinite_step=whole
-  )
+  history = jax.tree.map(lambda _: whole, jax.eval_shape(guard.no_history))
+  return TrainState(step=whole, params=params, opt_state=opt_state, ema=params, history=history)
 
 
 def with_layout(shapes: Any, layout: Any) -> Any:

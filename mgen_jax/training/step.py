@@ -14,6 +14,7 @@ from absl import logging
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.parallel import rules
 from mgen_jax.tasks.base import Task, complete
+from mgen_jax.training import guard
 from mgen_jax.training import state as state_lib
 from mgen_jax.training.outline import outline
 from mgen_jax.training.state import TrainState
@@ -82,11 +83,12 @@ def make_train_step(
   seed: int,
   passes: Callable[[int], int],
   ema_decay: float,
+  spike: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """The step; the state is donated. Compiled once for each bucket by `compile_for`.
 
-  The state is kept as it was when the loss or the gradient is not finite, and the step is noted
-  in `nonfinite_step`: the loop sees it when it next reads metrics, with nothing spoilt.
+  Parameters, moments and averages are kept as they were when the loss or the gradient is not finite
+  or a spike; the loop sees the "verdict" when it next reads metrics, with nothing spoilt.
 
   Args:
     task: what is learned.
@@ -96,9 +98,10 @@ def make_train_step(
     seed: of the run; the stream "train" of it is used.
     passes: number of passes over equal parts of a batch, by its number of examples.
     ema_decay: of the parameters; it is warmed up as (1 + step) / (10 + step).
+    spike: robust standard deviations above the running median that make one (`guard.judge`).
 
   Returns:
-    step(state, batch) -> (state, metrics), all metrics fp32 scalars; of a task with frozen
+    step(state, batch) -> (state, metrics), all metrics scalars; of a task with frozen
     parameters step(state, batch, frozen).
   """
 
@@ -110,10 +113,12 @@ def make_train_step(
     decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
     ema = optax.incremental_update(params, state.ema, 1 - decay)
 
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    verdict, history = guard.judge(state.history, loss, norm, spike)
+    good = verdict == guard.GOOD
     new = (params, opt_state, ema)
     old = (state.params, state.opt_state, state.ema)
-    return norm, finite, jax.tree.map(lambda a, b: jax.lax.select(finite, a, b), new, old)
+    kept = jax.tree.map(lambda a, b: jax.lax.select(good, a, b), new, old)
+    return norm, verdict, (*kept, history)
 
   def train_step(state: TrainState, batch: Batch, frozen: Any = None):
     examples = jax.tree.leaves(batch)[0].shape[0]
@@ -121,16 +126,15 @@ def make_train_step(
     loss, metrics, gradients = loss_and_gradients(
       objective(task, state.step, frozen), state.params, batch, keys, passes(examples)
     )
-    norm, finite, changed = outline(update)(state, loss, gradients)
-    first_bad = jnp.where((state.nonfinite_step < 0) & ~finite, state.step, state.nonfinite_step)
+    norm, verdict, changed = outline(update)(state, loss, gradients)
     metrics = {
       **metrics,
       "loss": loss,
       "grad_norm": norm,
       "lr": jnp.asarray(schedule(state.step), jnp.float32),
-      "nonfinite_step": first_bad,
+      "verdict": verdict,
     }
-    return TrainState(state.step + 1, *changed, first_bad), metrics
+    return TrainState(state.step + 1, *changed), metrics
 
   mesh = layout.step.mesh
   return jax.jit(train_step, donate_argnums=0, out_shardings=(layout, rules.replicated(mesh)))

@@ -4,7 +4,15 @@ import dataclasses
 
 import pytest
 
-from mgen_jax.data.buckets import Bucket, Rejection, assign, frames_at, group, parse_bucket
+from mgen_jax.data.buckets import (
+  Bucket,
+  Rejection,
+  assign,
+  frames_at,
+  group,
+  parse_bucket,
+  sampling_rate,
+)
 from mgen_jax.errors import UserError
 
 VIDEOS = [Bucket(16, 64, 64), Bucket(24, 64, 64), Bucket(16, 48, 80), Bucket(24, 48, 80)]
@@ -72,6 +80,34 @@ def test_a_target_rate_counts_the_frames_that_are_left():
   assert assign(60, 30.0, 64, 64, VIDEOS, target_fps=8.0).frames == 16
   # Film on its way to television: 23.976 serves 24, and loses no frame by it.
   assert assign(24, 24000 / 1001, 64, 64, VIDEOS, target_fps=24.0).frames == 24
+
+
+PAPER = [Bucket(n, 256, 256) for n in (128, 192, 256)]
+
+
+@pytest.mark.parametrize(
+  ("seconds", "frames", "rate"),
+  [(4, 128, 32), (5, 128, 25.6), (8, 128, 16), (9, 192, 21.33), (12, 192, 16), (12.5, 256, 20.48),
+   (16, 256, 16), (40, 256, 16)],
+)  # fmt: skip
+def test_a_range_of_rates_gives_the_buckets_of_the_paper(seconds, frames, rate):
+  """Movie Gen, Table 2: 4-8 s at 32-16, 8-12 s at 24-16, 12-16 s at 21-16 frames a second."""
+  bucket = assign(round(seconds * 60), 60.0, 320, 320, PAPER, target_fps=(16.0, 32.0))
+  assert bucket.frames == frames
+  found = sampling_rate(round(seconds * 60), 60.0, frames, (16.0, 32.0))
+  assert found == pytest.approx(rate, abs=0.01)
+
+
+def test_no_frame_is_shown_twice_to_reach_a_rate_of_the_range():
+  def at(seconds, fps):
+    return assign(round(seconds * fps), fps, 320, 320, PAPER, target_fps=(16.0, 32.0))
+
+  assert at(5.4, 24.0).frames == 128
+  assert at(5.0, 24.0) == Rejection.TOO_SLOW  # spec: a 24-fps source needs 5.33 s
+  assert at(9.0, 16.0).frames == 128  # 192 frames would need 21 a second: a window of 8 s instead
+  assert at(3.9, 60.0) == Rejection.TOO_SHORT
+  assert at(20.0, 15.0) == Rejection.TOO_SLOW
+  assert at(16.0, 24000 / 1501).frames == 256  # 15.99, as good as 16
 
 
 def test_grouping_keeps_order_and_counts_every_clip():

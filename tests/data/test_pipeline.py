@@ -3,23 +3,20 @@
 Most tests use sources of numbers; the ones that decode use small mp4 files.
 """
 
+import itertools
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 
 from mgen_jax.data import ingest, media, records
 from mgen_jax.data.buckets import Bucket
-from mgen_jax.data.pipeline import (
-  LatentSource,
-  MediaSource,
-  make_ordered_stream,
-  make_stream,
-  media_sources,
-  window,
-)
+from mgen_jax.data.pipeline import check_shared_memory, make_ordered_stream, make_stream
+from mgen_jax.data.sources import LatentSource, MediaSource, media_sources, window
+from mgen_jax.encoders.prompts import Prompt, compose
 from mgen_jax.errors import UserError
 
 A, B, C = Bucket(1, 64, 64), Bucket(16, 64, 64), Bucket(24, 48, 80)
@@ -35,6 +32,9 @@ class Numbers:
 
   def __len__(self):
     return self.count
+
+  def name(self, index):
+    return str(self.first + index)
 
   def example(self, index, rng):
     draw = 0.5 if rng is None else rng.random()
@@ -73,6 +73,34 @@ def test_the_hosts_batches_joined_are_the_batches_of_one_process(sources, hosts)
       np.testing.assert_array_equal(joined, batch[key])
 
 
+def test_hosts_agree_on_every_batch_and_restarts_on_every_step_of_ten_thousand():
+  """1, 2 and 4 hosts, and 300 restarts at random steps with another number of them."""
+  sources = {A: Numbers(60_000), B: Numbers(50_001), C: Numbers(64_000)}
+  options = {
+    "batch_sizes": {A: 8, B: 4, C: 4}, "weights": {A: 1.0, B: 2.5, C: 6.5}, "seed": 7, "threads": 0,
+  }  # fmt: skip
+
+  def drawn(host, hosts, steps=10_000, start=0):
+    with make_stream(
+      sources, process_index=host, process_count=hosts, start_step=start, **options
+    ) as stream:
+      return [
+        (bucket, batch["value"].tolist()) for bucket, batch in itertools.islice(stream, steps)
+      ]
+
+  alone = drawn(0, 1)
+  assert len({bucket for bucket, _ in alone}) == 3
+  for hosts in (2, 4):
+    shares = [drawn(host, hosts) for host in range(hosts)]
+    for (bucket, values), *parts in zip(alone, *shares, strict=True):
+      assert {part[0] for part in parts} == {bucket}
+      assert [value for part in parts for value in part[1]] == values
+  for start in np.random.default_rng(0).integers(10_000, size=300):
+    hosts = (1, 2, 4)[start % 3]
+    ((bucket, values),) = drawn(hosts - 1, hosts, 1, start=int(start))
+    assert (bucket, values) == (alone[start][0], alone[start][1][-len(values) :])
+
+
 @pytest.mark.parametrize("start", [1, 13, 40])
 def test_a_stream_resumed_at_a_step_is_the_uninterrupted_one(sources, start):
   assert_same(draw(sources, 50 - start, start_step=start), draw(sources, 50)[start:])
@@ -86,6 +114,14 @@ def test_a_stream_resumes_on_another_number_of_hosts(sources):
     ):
       rows = len(full["value"]) // 4
       np.testing.assert_array_equal(part["value"], full["value"][p * rows : (p + 1) * rows])
+
+
+def test_the_examples_of_a_batch_can_be_named_without_reading_it(sources):
+  with make_stream(sources, batch_sizes=BATCHES, seed=1) as stream:
+    for step in range(12):
+      bucket, names = stream.examples_at(step)
+      drawn, batch = next(stream)
+      assert bucket == drawn and names == [str(value) for value in batch["value"]]
 
 
 def test_a_late_step_is_reached_at_once(sources):
@@ -152,9 +188,11 @@ def test_a_weight_of_zero_leaves_a_bucket_out(sources):
   assert {bucket for bucket, _ in batches} == {B, C}
 
 
-def test_a_bucket_smaller_than_its_batch_repeats_with_a_warning(caplog):
+def test_a_bucket_smaller_than_its_batch_is_refused_unless_it_may_repeat(caplog):
+  with pytest.raises(UserError, match=r"16x64x64 has 3 examples for a batch of 8: lower .* to 3"):
+    draw({B: Numbers(3)}, 1)
   with caplog.at_level("WARNING"):
-    ((_, batch),) = draw({B: Numbers(3)}, 1)
+    ((_, batch),) = draw({B: Numbers(3)}, 1, repeat=True)
   assert "16x64x64 has 3 examples for a batch of 8" in caplog.text
   assert sorted(batch["value"][:3]) == sorted(batch["value"][3:6]) == [0, 1, 2]
 
@@ -207,6 +245,18 @@ def test_a_transform_sees_the_same_randomness_everywhere(sources):
     ):
       rows = len(full["noise"]) // 2
       np.testing.assert_array_equal(part["noise"], full["noise"][p * rows : (p + 1) * rows])
+
+
+def test_reading_begins_when_a_stream_is_opened(sources):
+  """So that the first batches are there when the programs are compiled."""
+  read = threading.Event()
+
+  def transform(example, rng):
+    read.set()
+    return {"value": example["value"]}
+
+  with make_stream(sources, batch_sizes=BATCHES, seed=0, transform=transform):
+    assert read.wait(timeout=30)
 
 
 def test_the_wait_for_each_batch_is_known(sources):
@@ -284,8 +334,9 @@ def clips(tmp_path_factory):
     write_clip(folder / f"square{i}.mp4", 16 + 2 * i, 8.0)
   for i in range(5):
     write_clip(folder / f"wide{i}.mp4", 30, 12.0, 72, 120)
-  media.write_image(folder / "picture.png", np.full((96, 96, 3), 44, np.uint8))
-  (folder / "picture.txt").write_text("picture")
+  for i in range(4):
+    media.write_image(folder / f"picture{i}.png", np.full((96, 96, 3), 44, np.uint8))
+    (folder / f"picture{i}.txt").write_text("picture")
   return ingest.scan(folder, held_out=0.0)
 
 
@@ -334,6 +385,26 @@ def test_a_rate_that_is_asked_for_is_the_rate_of_the_frames(clips):
     assert set(batch["fps"]) == {4.0}
 
 
+def test_a_range_of_rates_takes_whole_clips_and_the_text_says_the_rate(clips):
+  """Movie Gen 3.4: a clip is sampled to N frames, and its rate stands before the prompt."""
+  bucket = Bucket(12, 24, 40)
+  sources, _ = media_sources(clips, [bucket], split="train", fps=(3.0, 8.0))
+  assert len(sources[bucket]) == 5
+  for _, batch in draw(sources, 2, batch_sizes={bucket: 5}):
+    for video, start, fps in zip(batch["video"], batch["start"], batch["fps"], strict=True):
+      assert (start, fps) == (0.0, pytest.approx(12 / 2.5))  # 30 frames at 12 a second
+      assert frame_numbers(video).tolist() == [int((j + 0.5) * 2.5) for j in range(12)]
+      assert compose(Prompt("a ball", fps), fps_prefix=True) == "FPS-5 a ball"
+  # Too long for the lowest rate: a window of 12 / 6 s, anywhere.
+  sources, _ = media_sources(clips, [bucket], split="train", fps=(6.0, 8.0))
+  starts, rates = zip(
+    *((s, f) for _, b in draw(sources, 8, batch_sizes={bucket: 5})
+      for s, f in zip(b["start"], b["fps"], strict=True)), strict=True,
+  )  # fmt: skip
+  assert set(rates) == {6.0}
+  assert len(set(starts)) > 3 and max(starts) <= 0.5
+
+
 def test_images_drawn_from_videos_come_from_all_over_the_clip(clips):
   bucket = Bucket(1, 24, 40)
   sources, _ = media_sources(clips, [bucket], split="train", images_from_videos=True)
@@ -353,11 +424,30 @@ def test_a_window_never_leaves_its_clip(clips, place, frames, fps):
   assert start + duration <= clip.frames / clip.fps + 1e-9
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_a_stream_resumed_with_worker_processes_is_the_uninterrupted_one(clips, workers):
+@pytest.mark.parametrize(("workers", "host"), [(2, 0), (3, 1)])
+def test_a_stream_resumed_with_worker_processes_is_the_uninterrupted_one(clips, workers, host):
+  """On another number of hosts, too: two in place of one."""
   sources, _ = media_sources(clips, list(SMALL), split="train")
-  alone = draw(sources, 12, batch_sizes=SMALL)
-  assert_same(draw(sources, 7, batch_sizes=SMALL, workers=workers, start_step=5), alone[5:])
+  alone = draw(sources, 12, batch_sizes=SMALL)[5:]
+  half = [(b, {k: np.split(a, 2)[host] for k, a in batch.items()}) for b, batch in alone]
+  resumed = draw(
+    sources,
+    7,
+    batch_sizes=SMALL,
+    workers=workers,
+    start_step=5,
+    process_index=host,
+    process_count=2,
+  )
+  assert_same(resumed, half)
+
+
+def test_workers_that_would_fill_the_shared_memory_are_refused(tmp_path):
+  check_shared_memory(2**60, 0, str(tmp_path))
+  check_shared_memory(1, 2, str(tmp_path))
+  check_shared_memory(2**60, 2, str(tmp_path / "there is none"))
+  with pytest.raises(UserError, match="--shm-size"):
+    check_shared_memory(2**60, 2, str(tmp_path))
 
 
 def test_a_fault_in_a_worker_process_reaches_the_main_one_as_it_is(clips, tmp_path):
@@ -375,7 +465,8 @@ def test_worker_processes_do_not_survive_a_killed_main_process(clips, tmp_path):
 import os, signal
 from mgen_jax.data import ingest
 from mgen_jax.data.buckets import Bucket
-from mgen_jax.data.pipeline import make_stream, media_sources
+from mgen_jax.data.pipeline import make_stream
+from mgen_jax.data.sources import media_sources
 
 if __name__ == "__main__":
   sources, _ = media_sources(ingest.load({str(tmp_path)!r}), [Bucket(16, 32, 32)], split="train")
@@ -451,7 +542,7 @@ def test_memory_stays_constant(clips):
   with make_stream(sources, batch_sizes=SMALL, seed=0, threads=2) as stream:
     for _ in range(5):
       before = resident_mib()
-      for _ in range(100):
+      for _ in range(50):
         next(stream)
       growth.append(resident_mib() - before)
   # A leak grows in every stretch; an allocator that takes a new arena grows in one of them.

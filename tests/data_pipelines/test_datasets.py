@@ -1,12 +1,15 @@
 """The four data sets, on small folders of the same layout that Marbles has rendered."""
 
+import copy
 import json
+import sys
 
 import numpy as np
 import pytest
 
 from data_pipelines.datasets import folder, layouts, windows
-from mgen_jax.data import ingest, marbles, media
+from mgen_jax.data import ingest, marbles, media, sources
+from mgen_jax.data.buckets import Bucket
 from mgen_jax.errors import ConfigError, UserError
 
 SIZE, LENGTH = 32, 60
@@ -133,3 +136,52 @@ def test_the_builder_prepares_random_access_clips(roots, tmp_path, name):
   labels = {int(clips[i]["label"]) for i in range(len(clips))}
   assert labels == ({0, 1} if name == "ucf101" else {-1})
   assert clips[0]["video"].shape == (16, SIZE, SIZE, 3) and clips[0]["video"].dtype == np.uint8
+
+
+def _curated(folder):
+  for number in range(4):
+    path = folder / "sub" / f"{number}.mp4"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    media.write_video(path, _clip(number, frames=12 + number), 8.0)
+    path.with_suffix(".txt").write_text(f"clip {number}, größer")
+  media.write_image(folder / "still.png", _clip(9, frames=1)[0])
+  (folder / "still.txt").write_text("a picture")
+  return ingest.scan(folder, held_out=0.3)
+
+
+def test_a_curated_set_is_exported_and_read_without_tensorflow(tmp_path):
+  for package in ("tensorflow_datasets", "importlib_resources"):
+    pytest.importorskip(package, reason="needs the extra data")
+  from data_pipelines.datasets import clips
+
+  index = _curated(tmp_path / "videos")
+  out = clips.export(tmp_path / "videos", tmp_path / "tfds", held_out=0.3)
+  assert clips.export(tmp_path / "videos", tmp_path / "tfds", held_out=0.3) == out  # it is there
+  bucket = Bucket(8, SIZE, SIZE)
+  for split in ("train", "held_out"):
+    exported, groups = clips.sources(
+      tmp_path / "tfds", [bucket, Bucket(1, SIZE, SIZE)], split=split
+    )
+    plain, same = sources.media_sources(index, [bucket, Bucket(1, SIZE, SIZE)], split=split)
+    assert groups.table() == same.table()
+    for each in plain:
+      # As a worker process gets it, and without a random number: the same windows.
+      source = copy.deepcopy(exported[each])
+      assert len(source) == len(plain[each])
+      for number in range(len(source)):
+        a, b = source.example(number, None), plain[each].example(number, None)
+        np.testing.assert_array_equal(a.pop("video"), b.pop("video"))
+        assert a == b
+  assert "tensorflow" not in sys.modules
+
+  assert clips.restore(out, tmp_path / "back") == 5
+  again = ingest.scan(tmp_path / "back", held_out=0.3)
+  assert again.sha256 == index.sha256
+  for clip in index.clips:
+    assert (tmp_path / "back" / clip.path).read_bytes() == clip.open(index.folder).read_bytes()
+
+  (tmp_path / "videos" / "still.txt").write_text("another text")
+  with pytest.raises(UserError, match="holds other clips"):
+    clips.export(tmp_path / "videos", tmp_path / "tfds", held_out=0.3)
+  with pytest.raises(UserError, match="no data set"):
+    clips.sources(tmp_path / "videos", [Bucket(8, SIZE, SIZE)], split="train")

@@ -19,6 +19,7 @@ from mgen_jax.tasks import text_inputs
 from mgen_jax.tasks.text_to_video import TextToVideoConfig
 from mgen_jax.training import loop
 from mgen_jax.training import optimizer as optimizer_lib
+from mgen_jax.training import program as program_lib
 from mgen_jax.training import state as state_lib
 from tests.parallel import golden
 
@@ -100,7 +101,7 @@ def test_moments_and_average_lie_where_their_parameters_lie():
 def test_batches_follow_the_rules_table(text):
   task = tasks.make(dataclasses.replace(CONFIG, text=text))
   mesh = mesh_lib.make_mesh(MESHES["all"])
-  for name, shape in loop.batch_shapes(task, {BUCKET: BATCH}, mesh)[BUCKET].items():
+  for name, shape in program_lib.batch_shapes(task, {BUCKET: BATCH}, mesh)[BUCKET].items():
     assert shape.sharding.spec[0] == rules.BATCH_AXES, name
     assert not any(shape.sharding.spec[1:]), name
 
@@ -128,7 +129,7 @@ def _loss_and_gradients(config, name):
   with mesh_lib.use(mesh):
     layout = state_lib.param_shardings(task, mesh)
     params = jax.device_put(params, layout)
-    batch = loop._to_devices(rows, loop.batch_shapes(task, {BUCKET: BATCH}, mesh)[BUCKET])
+    batch = loop._to_devices(rows, program_lib.batch_shapes(task, {BUCKET: BATCH}, mesh)[BUCKET])
     keys = state_lib.example_keys(0, "train", 0, BATCH)
     step = jax.jit(
       jax.value_and_grad(lambda p, b: task.loss(p, b, keys)[0]),
@@ -173,7 +174,7 @@ def test_the_residual_stream_is_split_over_the_tensor_axis():
       shapes = state_lib.with_layout(
         state_lib.param_shapes(task), state_lib.param_shardings(task, mesh)
       )
-      rows = loop.batch_shapes(task, {BUCKET: batch}, mesh)[BUCKET]
+      rows = program_lib.batch_shapes(task, {BUCKET: batch}, mesh)[BUCKET]
       keys = state_lib.example_keys(0, "train", 0, batch)
       step = jax.jit(jax.grad(lambda p, b: task.loss(p, b, keys)[0]))
       return step.lower(shapes, rows).compile().memory_analysis().temp_size_in_bytes

@@ -18,7 +18,7 @@ from mgen_jax.parallel.mesh import MeshConfig
 from mgen_jax.planning import compile as compile_lib
 from mgen_jax.planning import estimate, planner, report, search, topologies
 from mgen_jax.planning.compile import Memory
-from mgen_jax.training import loop
+from mgen_jax.training import program as program_lib
 from mgen_jax.training import state as state_lib
 from tests import tiny
 
@@ -62,10 +62,10 @@ def test_memory_is_that_of_the_live_state_and_of_the_compiler():
   stage = made.stages["t2v"]
   task = tasks.make(stage.task)
   mesh = mesh_lib.make_mesh(stage.mesh, jax.devices()[:8])
-  program = loop.make_program(task, stage, mesh, made.seed)
+  program = program_lib.make_program(task, stage, mesh, made.seed)
   with mesh_lib.use(mesh):
     state = state_lib.initialise(task, program.optimizer, program.layout, made.seed)
-    batch = loop.batch_shapes(task, {BUCKET: 8}, mesh)[BUCKET]
+    batch = program_lib.batch_shapes(task, {BUCKET: 8}, mesh)[BUCKET]
     analysis = program.train_step.lower(state, batch).compile().memory_analysis()
 
   def live(tree):
@@ -73,7 +73,7 @@ def test_memory_is_that_of_the_live_state_and_of_the_compiler():
 
   memory = plan().memory
   assert memory.parameters == live(state.params) == memory.ema == live(state.ema)
-  assert memory.optimizer == live((state.opt_state, state.step, state.nonfinite_step))
+  assert memory.optimizer == live((state.opt_state, state.step, state.history))
   arguments = memory.parameters + memory.optimizer + memory.ema + memory.batch
   assert arguments <= analysis.argument_size_in_bytes <= 1.02 * arguments + 1024
   total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes

@@ -9,7 +9,7 @@ import pytest
 
 from mgen_jax import tasks
 from mgen_jax.data.buckets import Bucket
-from mgen_jax.data.pipeline import JointSource
+from mgen_jax.data.sources import JointSource
 from mgen_jax.encoders import Prompt
 from mgen_jax.errors import ConfigError, UserError
 from mgen_jax.models.latte import LatteConfig

@@ -1,0 +1,73 @@
+"""Checksums of the files of a checkpoint, to tell one that has changed since it was written.
+
+  STEP/checksums-0-of-1.json   {"files": {relative path: [bytes, SHA-256]}}
+
+Of P processes, process p keeps those of every P-th file: no host reads all of a large model. How
+many processes read is another matter: each takes its share of all that is listed. A checkpoint
+whose run ended between its commit and its checksums has none, and is used with a warning: it is
+whole all the same, since Orbax names it only then.
+"""
+
+import json
+from concurrent import futures
+from pathlib import Path
+
+from absl import logging
+
+from mgen_jax.data.files import sha256_file, write_text_atomic
+
+_PATTERN = "checksums-*-of-*.json"
+_THREADS = 8
+
+
+class Damaged(Exception):
+  """A file that is not what was written; the message names it."""
+
+
+def write(folder: Path, process: int, processes: int) -> None:
+  """Keeps the checksums of this process's share of a whole checkpoint."""
+  files = sorted(
+    path
+    for path in folder.rglob("*")
+    if path.is_file() and not (path.parent == folder and path.match(_PATTERN))
+  )[process::processes]
+
+  def entry(path: Path) -> tuple[str, list]:
+    return path.relative_to(folder).as_posix(), [path.stat().st_size, sha256_file(path)]
+
+  with futures.ThreadPoolExecutor(_THREADS) as pool:
+    content = {"files": dict(pool.map(entry, files))}
+  name = f"checksums-{process}-of-{processes}.json"
+  write_text_atomic(folder / name, json.dumps(content, indent=1) + "\n")
+
+
+def verify(folder: Path, process: int, processes: int) -> None:
+  """Compares this process's share of the files with their checksums.
+
+  Raises:
+    Damaged: a file is missing, or is not what was written.
+  """
+  lists = sorted(folder.glob(_PATTERN))
+  writers = int(lists[0].stem.split("-")[-1]) if lists else 1
+  if len(lists) < writers:
+    missing = "no checksums" if not lists else f"{len(lists)} of {writers} lists of checksums"
+    logging.warning("%s has %s: the files without one are not verified", folder, missing)
+  expected = {}
+  for path in lists:
+    try:
+      expected |= json.loads(path.read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError, TypeError) as error:
+      raise Damaged(f"{path.name} is no list of checksums") from error
+
+  def check(item: tuple[str, list]) -> None:
+    name, (size, digest) = item
+    path = folder / name
+    if not path.is_file():
+      raise Damaged(f"{name} is missing")
+    if path.stat().st_size != size:
+      raise Damaged(f"{name} has {path.stat().st_size:,} bytes instead of {size:,}")
+    if sha256_file(path) != digest:
+      raise Damaged(f"{name} is not what was written (another SHA-256)")
+
+  with futures.ThreadPoolExecutor(_THREADS) as pool:
+    list(pool.map(check, sorted(expected.items())[process::processes]))
