@@ -81,21 +81,12 @@ def create(name: str, recipe: Recipe, pattern: str, output: str) -> tuple[Run, l
       f"--output={output} lies in --input={pattern}: the next run would take its results for"
       " sources; give a folder elsewhere."
     )
-  identity = {
-    "schema_version": SCHEMA_VERSION,
-    "config": name,
-    "seed": recipe.seed,
-    "partitions": recipe.partitions,
-  }
+  identity = _identity(name, recipe)
   earlier = _read_run(store.root)
   if earlier is None and any(path.name != _LOCK for path in store.root.iterdir()):
     raise UserError(f"--output={output} holds something else; give an empty or a new folder.")
-  for key, value in identity.items():
-    if earlier is not None and earlier.get(key) != value:
-      raise UserError(
-        f"--output={output} was made with {key}={earlier.get(key)!r}, now it is {value!r}; give"
-        " another folder."
-      )
+  if earlier is not None:
+    _check_identity(earlier, identity, output)
   found = identity | {"input": str(root), "recipe": recipe.plain()}
   write_text(store.root / RUN_NAME, json.dumps(found, indent=2, default=list) + "\n")
   return Run(name, recipe, store, root), paths
@@ -110,12 +101,27 @@ def reopen(name: str, recipe: Recipe, output: str) -> Run:
   earlier = _read_run(Path(output))
   if earlier is None:
     raise UserError(f"--output={output} holds no run of curation; give --input to start one.")
-  if earlier["config"] != name:
-    raise UserError(
-      f'--output={output} was made with the config "{earlier["config"]}", not "{name}"; give the'
-      " folder or the config that belongs to it."
-    )
+  _check_identity(earlier, _identity(name, recipe), output)
   return Run(name, recipe, Store(output), Path(earlier["input"]))
+
+
+def _identity(name: str, recipe: Recipe) -> dict[str, Any]:
+  """What a folder belongs to. Settings of stages are not in it: their versions tell them apart."""
+  return {
+    "schema_version": SCHEMA_VERSION,
+    "config": name,
+    "seed": recipe.seed,
+    "partitions": recipe.partitions,
+  }
+
+
+def _check_identity(earlier: dict[str, Any], identity: dict[str, Any], output: str) -> None:
+  for key, value in identity.items():
+    if earlier.get(key) != value:
+      raise UserError(
+        f"--output={output} was made with {key}={earlier.get(key)!r}, now it is {value!r}; give"
+        " another folder."
+      )
 
 
 def _read_run(root: Path) -> dict[str, Any] | None:

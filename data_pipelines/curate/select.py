@@ -83,8 +83,9 @@ class Catalogue:
       )
     except duckdb.BinderException as error:
       raise UserError(
-        f"the scores of {stage.name} in {self.store.root} lack a column"
-        f" ({str(error).splitlines()[0]}): they are of an older version; run curation again."
+        f"the scores in {self.store.root / f'{stage.name}@{version}'} lack a column"
+        f" ({str(error).splitlines()[0]}): another version wrote them; delete that folder and run"
+        " curation again."
       ) from error
     except duckdb.Error as error:
       raise CorruptPart(

@@ -89,7 +89,9 @@ class _Unit:
     """Rows of an earlier run: by source, or of clip stages by clip."""
     table = self.store.read(stage.name, self.recipe.versions[stage.name], self.task.partition)
     found: dict[Any, list[Row]] = collections.defaultdict(list)
-    for row in rows_of(table) if table is not None else ():
+    if table is None or not set(part_types(self.recipe, stage)) <= set(table.column_names):
+      return {}
+    for row in rows_of(table):
       found[row["clip_id"] if stage in self.at_clips else _source_key(row)].append(row)
     return dict(found)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,22 @@ def test_a_damaged_part_is_found_and_made_again(videos, tmp_path):
   assert files(out) == before and run.store.faults() == []
 
 
+def test_scores_without_a_column_are_named_and_made_again(tmp_path):
+  videos, out = small.write_videos(tmp_path / "videos", 3), tmp_path / "out"
+  run, _, table = curate(small.recipe(), videos, out)
+  version = run.recipe.versions["light"]
+  for partition in range(run.recipe.partitions):
+    commit = run.store.commit_of("light", version, partition)
+    if commit is not None:
+      part = run.store.read("light", version, partition).drop_columns(["frames_seen"])
+      counters = commit.counters
+      run.store.write("light", version, partition, part, inputs=commit.inputs, counters=counters)
+  with pytest.raises(UserError, match=f"light@{version} lack a column.*delete that folder"):
+    running.decide(run)
+  shutil.rmtree(out / f"light@{version}")
+  assert curate(small.recipe(), videos, out)[2].equals(table)
+
+
 def test_exact_copies_are_sources_of_their_own(tmp_path):
   small.write_videos(tmp_path / "videos", 1)
   data = (tmp_path / "videos" / "clip000.mp4").read_bytes()
@@ -233,6 +250,8 @@ def test_the_selection_says_who_decided(first):
 def test_a_folder_of_another_config_is_refused(first, videos, changes, words):
   with pytest.raises(UserError, match=words):
     running.create("small", small.recipe(**changes), str(videos), str(first[0].store.root))
+  with pytest.raises(UserError, match=words):
+    running.reopen("small", small.recipe(**changes), str(first[0].store.root))
 
 
 def test_what_cannot_be_run_is_refused_before_anything_is_written(videos, tmp_path):
