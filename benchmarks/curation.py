@@ -104,12 +104,15 @@ def raw(paths: list[str], processes: int) -> int:
 def curate(folder: str, settings: config.CurateConfig, engine: str, processes: int) -> dict:
   """One run into a folder that is thrown away; frames, CPU seconds of stages and of decoding."""
   output = tempfile.mkdtemp(prefix="mgen_jax-curation-")
+  began = time.perf_counter()
   made = engines.make(engine, processes)
   try:
+    ready = time.perf_counter()
     run, paths = running.create(settings.name, settings.recipe(), folder, output)
     running.score(run, paths, made, limits=settings.limits)
     running.save_selection(run, running.decide(run))
     costs = running.costs(run)
+    costs |= {"start_s": ready - began, "run_s": time.perf_counter() - ready}
   finally:
     made.close()
     shutil.rmtree(output, ignore_errors=True)
@@ -146,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> common.Row:
     for round_ in range(options.rounds):
       decode_wall, decode_cpu, frames = measured(lambda n=processes: raw(paths, n))
       for engine in options.engines.split(","):
-        wall, cpu, costs = measured(
+        _, cpu, costs = measured(
           lambda e=engine, n=processes: curate(str(folder), settings, e, n)
         )
         stages = {name: stage["cpu_s"] for name, stage in costs["stages"].items()}
@@ -161,7 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> common.Row:
           "frames": frames,
           "decode_wall_s": decode_wall,
           "decode_cpu_s": decode_cpu,
-          "wall_s": wall,
+          "start_s": costs["start_s"],
+          "wall_s": costs["run_s"],
           "cpu_s": cpu,
           "of_decode": decode_cpu / cpu,
           "steady": decode_cpu / steady,
