@@ -5,7 +5,6 @@ after saving, 75 another process of the run is gone. After 130, 143 and 75 the s
 Anything else is a bug and keeps its traceback.
 """
 
-import difflib
 import errno
 import logging as std_logging
 import os
@@ -17,7 +16,7 @@ from collections.abc import Callable, Sequence
 import jax
 from absl import app, flags, logging
 
-from mgen_jax.errors import ConfigError, UserError
+from mgen_jax.errors import ConfigError, UserError, nearest
 from mgen_jax.training.interrupt import Interrupted, lost_process
 
 LOST_PROCESS = 75  # what sysexits.h calls a temporary failure
@@ -134,7 +133,7 @@ def _unknown_override(argv: Sequence[str], error: Exception) -> ConfigError | No
   for name in overrides:
     key = name.removeprefix("config.")
     if keys and key not in keys and not any(known.startswith(key + ".") for known in keys):
-      near = difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
+      near = nearest(key, keys)
       hint = f'did you mean "--config.{near[0]}"?' if near else "see WORKDIR/config.json for all."
       return ConfigError(f"--{name} is not a key of this experiment: {hint}")
   return ConfigError(f"an override of --config cannot be used: {error}")

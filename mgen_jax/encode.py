@@ -5,8 +5,8 @@
 
 As a command it encodes another folder with the autoencoder of a run, on any number of hosts; an
 encode stage that names the result in `folder` takes it as it is. The same command again makes what
-is missing, and nothing where all is there. Where the `text` of a stage names frozen encoders, the
-features of each caption stand beside the latents.
+is missing, and nothing where all is there. Where the `text` of a stage (or --text_encoders) names
+frozen encoders, the features of each caption stand beside the latents.
 
 Every clip of the index, held out or not, becomes one record in each of its buckets (a window of a
 video; one of its frames for an image bucket). The clips of a bucket are cut into shards of fixed
@@ -38,8 +38,8 @@ from mgen_jax import config as config_lib
 from mgen_jax.data import files, ingest, pipeline, records
 from mgen_jax.data import sources as sources_lib
 from mgen_jax.data.buckets import Bucket, parse_bucket
-from mgen_jax.encoders import Prompt, TextStack
-from mgen_jax.errors import UserError
+from mgen_jax.encoders import Prompt, StackConfig, TextStack, sizes
+from mgen_jax.errors import UserError, suggest
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel import rules
 from mgen_jax.tasks.autoencoder import MODEL
@@ -66,8 +66,8 @@ def run(work: Workdir, name: str, coder: Workdir | None = None) -> None:
     UserError: the media, the autoencoder or the disk cannot be used.
   """
   began = time.perf_counter()
-  stage, data = work.experiment.stages[name], work.experiment.data
-  index = ingest.load(work.folder(config_lib.ingest_of(work.experiment)))
+  stage, data = work.experiment.stages[name], config_lib.data_of(work.experiment, name)
+  index = ingest.load(work.folder(config_lib.ingest_of(work.experiment, name)))
   encode, digest = _make_encoder(coder or work, stage)
   if stage.folder is not None:
     _adopt(work, name, digest)
@@ -293,6 +293,13 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_integer("shard_examples", 512, "Records of one file.", 1, **to)
   flags.DEFINE_enum("keep", "moments", ["moments", "sample"], "What to keep of a latent.", **to)
   flags.DEFINE_float("latent_scale", None, "Factor of latents; default: std of each to 1.", **to)
+  flags.DEFINE_list("text_encoders", None, "Frozen, of captions, like ul2,byt5-small.", **to)
+  flags.DEFINE_list("text_weights", None, "Folder of each; default: weights/ENCODER.", **to)
+  flags.DEFINE_list("text_names", None, "Of their features; default: ul2, metaclip, ...", **to)
+  flags.DEFINE_list("text_reads", None, "prompt or quoted; default: ByT5 reads quoted text.", **to)
+  flags.DEFINE_list("text_lengths", None, "Tokens; default: 300, 256, 100 as in a recipe.", **to)
+  flags.DEFINE_enum("text_dtype", "bfloat16", ["bfloat16", "float32"], "Of all of them.", **to)
+  flags.DEFINE_bool("text_fps_prefix", True, 'Put "FPS-16" before a caption.', **to)
   flags.DEFINE_float("fps", None, "Sample clips at this rate; default: their own.", 0.0, **to)
   flags.DEFINE_list("fps_range", None, "Or LOW,HIGH: whole clips, at a rate between.", **to)
   flags.DEFINE_string("caption_key", None, "Key or column of captions in JSON and tables.", **to)
@@ -317,11 +324,12 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   origin = Workdir.open(values.autoencoder)
   coder = values.stage or last_trained(origin, "autoencoder")
   trained = origin.experiment.stages.get(coder)
-  if not isinstance(trained, config_lib.TrainStage) or trained.task.name != "autoencoder":
-    known = [n for n, s in origin.experiment.stages.items() if s.kind == "train"]
+  models = (config_lib.TrainStage, config_lib.AverageStage)
+  if not isinstance(trained, models) or trained.task.name != "autoencoder":
+    known = [n for n, s in origin.experiment.stages.items() if isinstance(s, models)]
     raise UserError(
       f"--stage={coder} is not a stage of {origin.root} that trains an autoencoder: "
-      f"{schema.suggest(coder, known)}"
+      f"{suggest(coder, known)}"
     )
   stage = config_lib.EncodeStage(
     autoencoder=coder,
@@ -330,6 +338,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     shard_examples=values.shard_examples,
     keep=values.keep,
     latent_scale=values.latent_scale,
+    text=_text_of(values),
   )
   for text in stage.buckets:
     trained.task.check_bucket(parse_bucket(text))
@@ -374,6 +383,45 @@ def _fps_range(texts: Sequence[str] | None) -> tuple[float, float] | None:
   return low, high
 
 
+_TEXT_KEYS = ("encoders", "names", "weights", "reads", "lengths")
+
+
+def _text_of(values: flags.FlagValues) -> StackConfig:
+  """The text encoders that the flags name; what they leave out is as in `config.text_stack`.
+
+  Raises:
+    UserError: flags that do not fit together, or weights or a vocabulary that are missing.
+  """
+  given = {key: tuple(values[f"text_{key}"].value or ()) for key in _TEXT_KEYS}
+  chosen = given["encoders"]
+  if not chosen:
+    for key in _TEXT_KEYS:
+      if given[key]:
+        raise UserError(f"--text_{key} needs --text_encoders: name them, like ul2.")
+    return StackConfig()
+  paper = config_lib.text_stack()
+  usual = {
+    encoder: {key: paper[key][index] for key in _TEXT_KEYS}
+    for index, encoder in enumerate(paper["encoders"])
+  }
+  for name in set(chosen) - set(usual):
+    usual[name] = {
+      "names": name.split("-")[0],
+      "weights": f"weights/{name}",
+      "reads": "quoted" if name.startswith("byt5") else "prompt",
+      "lengths": sizes.SIZES[name].length if name in sizes.SIZES else 512,
+    }
+  made = {key: given[key] or tuple(usual[name][key] for name in chosen) for key in _TEXT_KEYS}
+  try:
+    made["lengths"] = tuple(int(length) for length in made["lengths"])
+  except ValueError as error:
+    raise UserError(f"--text_lengths={','.join(made['lengths'])}: name whole numbers.") from error
+  more = {"dtype": values.text_dtype, "fps_prefix": values.text_fps_prefix}
+  text = schema.build(StackConfig, {**made, "encoders": chosen, **more}, "--text")
+  TextStack(text).check()
+  return text
+
+
 def _check_identity(work: Workdir, origin: Workdir, index: ingest.Index) -> None:
   """Refuses to mix, in one folder, latents that were made in different ways."""
   stage = work.experiment.stages[STAGE]
@@ -384,6 +432,7 @@ def _check_identity(work: Workdir, origin: Workdir, index: ingest.Index) -> None
     "data": {k: v for k, v in schema.to_plain(work.experiment.data).items() if k != "videos"},
     "index": index.sha256,
     "seed": work.experiment.seed,
+    "text_encoders": TextStack(stage.text).digest(),
   }
   now, path = json.loads(json.dumps(now)), work.root / IDENTITY_NAME
   if path.exists():

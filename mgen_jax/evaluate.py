@@ -8,6 +8,7 @@ clips go through the autoencoder and back, held-out prompts are sampled, and whe
 Marbles, their judge looks at the samples.
 
   WORKDIR/report.json, WORKDIR/report.html     the figures, and all of it to look at
+  WORKDIR/STAGE/report.json                    the figures once more, of this stage
   WORKDIR/STAGE/samples/*.mp4, verdicts.jsonl  every sample, and what was seen in it
 """
 
@@ -33,7 +34,7 @@ from mgen_jax import config as config_lib
 from mgen_jax.data import files, ingest, marbles
 from mgen_jax.data import sources as sources_lib
 from mgen_jax.data.buckets import Bucket, parse_bucket
-from mgen_jax.errors import UserError
+from mgen_jax.errors import UserError, suggest
 from mgen_jax.evaluation import alignment, reconstruction, report
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel import rules
@@ -75,18 +76,19 @@ def run(work: Workdir, name: str, sampler: AnySampler | None = None) -> None:
   generator = Generator.load(work, stage.generator)  # by all: checkpoints are read together
   if jax.process_index() != 0:
     return
-  index = ingest.load(work.folder(config_lib.ingest_of(work.experiment)))
+  index = ingest.load(work.folder(config_lib.ingest_of(work.experiment, name)))
   logging.info("reconstructing up to %d held-out clips", stage.clips)
   rebuilt, pairs = reconstruct(work, stage, generator, index)
   sampler = generator.task.config.sampler if sampler is None else sampler
   samples, verdicts, drawn = _sample(work, name, generator, index, sampler)
 
-  judged = None if work.experiment.data.videos else alignment.accuracies(verdicts)
+  data = config_lib.data_of(work.experiment, name)
+  judged = None if data.videos else alignment.accuracies(verdicts)
   figures = {
     "experiment": work.experiment.name,
     "seconds": _seconds(work, name, time.perf_counter() - began),
     "judge": judged,
-    "chance": judged and alignment.chance(work.experiment.data.marbles.world),
+    "chance": judged and alignment.chance(data.marbles.world),
     "reconstruction": rebuilt,
     "peak_memory_gib": round(_peak_memory(work), 3),
     "generator": stage.generator,
@@ -96,7 +98,9 @@ def run(work: Workdir, name: str, sampler: AnySampler | None = None) -> None:
     "versions": dict(_versions()),
   }
   figures["targets"] = check_targets(figures, work.experiment.stages[name].targets)
-  files.write_text_atomic(work.root / REPORT_JSON, json.dumps(_rounded(figures), indent=2) + "\n")
+  text = json.dumps(_rounded(figures), indent=2) + "\n"
+  files.write_text_atomic(work.root / REPORT_JSON, text)
+  files.write_text_atomic(work.folder(name) / REPORT_JSON, text)  # of several such stages, each one
   command = _command(work, samples[0].prompt)
   content = _content(work, name, figures, samples, pairs, index, command)
   report.write(work.root / REPORT_HTML, content)
@@ -159,8 +163,8 @@ def _held_out_clips(
   work: Workdir, stage: config_lib.EvaluateStage, index: ingest.Index
 ) -> Iterator[tuple[Bucket, np.ndarray, float]]:
   """(bucket, clips uint8 [n, T, H, W, 3], fps): up to `stage.clips`, shared among the buckets."""
-  data = work.experiment.data
-  encode = work.experiment.stages[work.experiment.stages[stage.generator].latents]
+  data = config_lib.data_of(work.experiment, stage.generator)
+  encode = work.experiment.stages[config_lib.latents_of(work.experiment, stage.generator)]
   sources, _ = sources_lib.media_sources(
     index,
     [parse_bucket(text) for text in encode.buckets],
@@ -206,7 +210,7 @@ def _sample(
   Returns:
     What the report shows, all verdicts, and how many samples were drawn.
   """
-  stage, data = work.experiment.stages[name], work.experiment.data
+  stage, data = work.experiment.stages[name], config_lib.data_of(work.experiment, name)
   prompts: Sequence[marbles.Prompt | None]
   if data.videos is None:
     prompts = marbles.held_out_prompts(data.marbles.world, stage.prompts, work.experiment.seed)
@@ -413,8 +417,8 @@ def _data(
   work: Workdir, stage: config_lib.EvaluateStage, index: ingest.Index
 ) -> tuple[list[tuple[str, str]], list[tuple[str, int, int]], list[tuple[str, str]]]:
   """Rows on the clips, on the buckets of the encode stage, and on clips that fit none."""
-  data = work.experiment.data
-  encode = work.experiment.stages[work.experiment.stages[stage.generator].latents]
+  data = config_lib.data_of(work.experiment, stage.generator)
+  encode = work.experiment.stages[config_lib.latents_of(work.experiment, stage.generator)]
   wanted = [parse_bucket(text) for text in encode.buckets]
   (train, groups), (held_out, _) = (
     sources_lib.media_sources(
@@ -464,7 +468,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   name = values.stage if values.stage is not None else (known[-1] if known else "evaluate")
   if name not in known:
     raise UserError(
-      f"--stage={name} is not an evaluate stage of {work.root}: {schema.suggest(name, known)}"
+      f"--stage={name} is not an evaluate stage of {work.root}: {suggest(name, known)}"
     )
   sampler = sample.sampler_from_flags(values, stages[stages[name].generator].task.sampler)
   work.start(name)

@@ -5,6 +5,8 @@ take the same path; clips that tables hold as bytes are unpacked there. Not here
 probed (`data/ingest.py`), curation (`data_pipelines`).
 """
 
+import dataclasses
+import math
 import os
 import time
 
@@ -12,8 +14,10 @@ import jax
 from absl import logging
 from rich import console, progress
 
+from mgen_jax import config as config_lib
 from mgen_jax.config import DataConfig
 from mgen_jax.data import ingest, marbles
+from mgen_jax.errors import UserError
 from mgen_jax.workdir import Workdir
 
 
@@ -26,10 +30,12 @@ def run(work: Workdir, name: str) -> None:
   if jax.process_index() != 0:
     return
   began = time.perf_counter()
-  data = work.experiment.data
+  data = config_lib.data_of(work.experiment, name)
   folder = data.videos
+  dataset = work.experiment.stages[name].dataset
+  made = work.root / ("videos" if dataset is None else f"videos_{dataset}")
   if folder is None:
-    folder = str(work.root / "videos")
+    folder = str(made)
     _render(data, folder, work.experiment.seed, work.experiment.stages[name].workers)
   with progress.Progress(
     progress.TextColumn("{task.description}"),
@@ -44,9 +50,10 @@ def run(work: Workdir, name: str) -> None:
       seed=work.experiment.seed,
       held_out=data.held_out,
       caption_key=data.caption_key,
-      unpack_to=work.root / "videos",
+      unpack_to=made,
       progress=lambda done, total: bar.update(task, completed=done, total=total),
     )
+  index = _of_length(index, data)
   index.save(work.folder(name))
   summary = index.summary
   logging.info("%d clips to train on, %d held out", summary["train"], summary["held_out"])
@@ -63,6 +70,31 @@ def run(work: Workdir, name: str) -> None:
       work.folder(name) / ingest.SUMMARY_NAME,
     )
   work.finish(name, time.perf_counter() - began, clips=len(index.clips), index=index.sha256)
+
+
+def _of_length(index: ingest.Index, data: DataConfig) -> ingest.Index:
+  """The index without the videos that are too short or too long."""
+  shortest, longest = data.min_seconds or 0.0, data.max_seconds or math.inf
+  # Frames times their rate: 16 s that a container gives as 15.999 are 16 s.
+  kept = tuple(
+    clip
+    for clip in index.clips
+    if clip.kind == "image"
+    or shortest - 0.5 / clip.fps <= clip.frames / clip.fps < longest - 0.5 / clip.fps
+  )
+  left_out = len(index.clips) - len(kept)
+  if not left_out:
+    return index
+  if not kept:
+    raise UserError(
+      f"none of the {left_out} clips of {index.folder} lasts from {shortest:g} to {longest:g} s: "
+      "change min_seconds or max_seconds of its data."
+    )
+  logging.info("%d clips are left out for their length", left_out)
+  index = dataclasses.replace(index, clips=kept)
+  sides = {split: len(index.of_split(split)) for split in ("train", "held_out")}
+  summary = {**index.summary, "of_other_length": left_out, "clips": len(kept), **sides}
+  return dataclasses.replace(index, summary={**summary, "sha256": index.sha256})
 
 
 def _render(data: DataConfig, folder: str, seed: int, workers: int) -> None:

@@ -26,12 +26,12 @@ import rich.console
 from absl import flags, logging
 from ml_collections import config_flags
 
-from mgen_jax import cli, schema
+from mgen_jax import cli
 from mgen_jax import config as config_lib
 from mgen_jax.config import Experiment, TrainStage
 from mgen_jax.data.buckets import Bucket, parse_bucket
 from mgen_jax.data.files import write_text_atomic
-from mgen_jax.errors import UserError
+from mgen_jax.errors import UserError, suggest
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.planning import planner, report, sampling, topologies
 from mgen_jax.planning import search as search_lib
@@ -147,7 +147,7 @@ def pick_stage(experiment: Experiment, name: str | None) -> str:
     )
   if name not in known:
     what = "does not train" if name in experiment.stages else f'is not in "{experiment.name}"'
-    raise UserError(f"--stage={name} {what}: {schema.suggest(name, known)}")
+    raise UserError(f"--stage={name} {what}: {suggest(name, known)}")
   return name
 
 
@@ -167,7 +167,7 @@ def pick_buckets(experiment: Experiment, name: str, text: str | None, every: boo
   if bucket not in batches:
     known = [b.name for b in ordered]
     raise UserError(
-      f"--bucket={text} is not a bucket of stage {name}: {schema.suggest(bucket.name, known)}"
+      f"--bucket={text} is not a bucket of stage {name}: {suggest(bucket.name, known)}"
     )
   return [bucket]
 

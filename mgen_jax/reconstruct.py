@@ -26,12 +26,12 @@ import rich.table
 from absl import flags, logging
 from flax import traverse_util
 
-from mgen_jax import cli, coding, schema
+from mgen_jax import cli, coding
 from mgen_jax import config as config_lib
 from mgen_jax.data import files, ingest, media
 from mgen_jax.data import sources as sources_lib
 from mgen_jax.data.buckets import Bucket, parse_bucket
-from mgen_jax.errors import UserError
+from mgen_jax.errors import UserError, suggest
 from mgen_jax.evaluation import frechet, reconstruction
 from mgen_jax.models import autoencoder_flops, perceptual
 from mgen_jax.models.tiling import TilingConfig
@@ -66,13 +66,13 @@ def run(work: Workdir, name: str) -> None:
     UserError: no held-out clip fits a bucket, or what an earlier stage left cannot be used.
   """
   began = time.perf_counter()
-  stage, data = work.experiment.stages[name], work.experiment.data
+  stage, data = work.experiment.stages[name], config_lib.data_of(work.experiment, name)
   mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.local_devices()[:1])
   with mesh_lib.use(mesh):
     loaded = {coder: runner.load_trained(work, coder, mesh)[:2] for coder in stage.autoencoders}
   if jax.process_index() != 0:
     return
-  index = ingest.load(work.folder(config_lib.ingest_of(work.experiment)))
+  index = ingest.load(work.folder(config_lib.ingest_of(work.experiment, name)))
   buckets = [parse_bucket(text) for text in stage.buckets]
   sources, _ = sources_lib.media_sources(
     index,
@@ -287,7 +287,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   name = values.stage if values.stage is not None else (known[-1] if known else "reconstruct")
   if name not in known:
     raise UserError(
-      f"--stage={name} is not a reconstruct stage of {work.root}: {schema.suggest(name, known)}"
+      f"--stage={name} is not a reconstruct stage of {work.root}: {suggest(name, known)}"
     )
   if values.video is not None:
     _film(work, name, values)

@@ -28,13 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 
-from mgen_jax import cli, schema
+from mgen_jax import cli
 from mgen_jax import config as config_lib
 from mgen_jax.data import ingest, media
 from mgen_jax.data.buckets import Bucket, parse_bucket
 from mgen_jax.diffusion import gaussian, samplers
 from mgen_jax.encoders import Prompt
-from mgen_jax.errors import UserError
+from mgen_jax.errors import UserError, suggest
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel import rules
 from mgen_jax.tasks import GENERATORS, AutoencoderTask, Latte, TextToVideo, text_to_video
@@ -124,15 +124,14 @@ class Generator:
       task, params, meta = runner.load_trained(work, name, mesh)
       coder = config_lib.autoencoder_of(work.experiment, name)
       autoencoder, autoencoder_params, _ = runner.load_trained(work, coder, mesh)
-    batches = work.experiment.stages[name].batches()
     return cls(
       name,
       (task, params),
       (autoencoder, autoencoder_params),
       meta["latents"],
       mesh,
-      trained={parse_bucket(b): batches[parse_bucket(b)].weight for b in meta["buckets"]},
-      fps=frame_rate(work),
+      trained=trained_buckets(work, name, meta["buckets"]),
+      fps=frame_rate(work, name),
       reader=task.reader(mesh),
     )
 
@@ -218,17 +217,26 @@ class Generator:
       return jax.device_get(program(self.params, self.autoencoder_params, text, seeds))
 
 
-def frame_rate(work: Workdir) -> float:
-  """Frames per second of the videos that a run learns from.
+def trained_buckets(work: Workdir, name: str, buckets: Sequence[str]) -> dict[Bucket, float]:
+  """The buckets that the model of a stage has seen, with their weights there (1 if not known)."""
+  stage = work.experiment.stages[name]
+  while isinstance(stage, config_lib.AverageStage) and config_lib.own_models(stage):
+    stage = work.experiment.stages[config_lib.own_models(stage)[0]]
+  known = stage.batches() if isinstance(stage, config_lib.TrainStage) else {}
+  seen = [parse_bucket(text) for text in buckets]
+  return {bucket: known[bucket].weight if bucket in known else 1.0 for bucket in seen}
 
-  Of clips with different rates it is the median, of a range the lowest.
-  """
-  data = work.experiment.data
+
+def frame_rate(work: Workdir, name: str) -> float:
+  """Frames per second of the videos that a stage learns from (of several sets of data, those of the
+  first by name; of that, the median; of a range of rates, the lowest)."""
+  data = config_lib.data_of(work.experiment, config_lib.latents_of(work.experiment, name))
   if data.rate is not None:
     return data.rate[0] if isinstance(data.rate, tuple) else data.rate
   if data.videos is None:
     return data.marbles.fps
-  index = ingest.load(work.folder(config_lib.ingest_of(work.experiment)))
+  latents = config_lib.latents_of(work.experiment, name)
+  index = ingest.load(work.folder(config_lib.ingest_of(work.experiment, latents)))
   rates = [clip.fps for clip in index.clips if clip.kind == "video"]
   return statistics.median_low(rates) if rates else 1.0  # images only: nothing moves
 
@@ -291,12 +299,13 @@ def _named_stage(work: Workdir, stage: str) -> str:
   known = [
     name
     for name, config in work.experiment.stages.items()
-    if isinstance(config, config_lib.TrainStage) and config.task.name in GENERATORS
+    if isinstance(config, config_lib.TrainStage | config_lib.AverageStage)
+    and config.task.name in GENERATORS
   ]
   if stage not in known:
     raise UserError(
       f"--stage={stage} is not a stage of {work.root} that makes videos from text: "
-      f"{schema.suggest(stage, known)}"
+      f"{suggest(stage, known)}"
     )
   if work.done_record(stage) is None:
     logging.warning("stage %s is not finished: its newest checkpoint is sampled", stage)
@@ -445,6 +454,7 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_integer("samples", 1, "For each prompt, with seeds from --seed on.", **to)
   flags.DEFINE_string("aspect", None, "Width:height, like 5:3, one that was trained.", **to)
   flags.DEFINE_integer("frames", None, "Length, one that was trained; 1: an image.", **to)
+  flags.DEFINE_float("fps", None, "Frames per second to draw at; default: the data's.", 0.0, **to)
   flags.DEFINE_string("mesh", None, "Like context=4,tensor=2; default: a sample a device.", **to)
   define_sampler_flags(values)
 
@@ -472,6 +482,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   sampler_from_flags(values, SamplerConfig())  # faults before the model is read
   mesh = None if values.mesh is None else mesh_lib.parse(values.mesh)
   generator = Generator.load(work, values.stage, mesh=mesh)
+  generator.fps = values.fps or generator.fps
   bucket = choose_bucket(generator.trained, values.frames, values.aspect)
   sampler = sampler_from_flags(values, generator.task.config.sampler)
   logging.info(

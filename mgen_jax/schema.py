@@ -9,16 +9,15 @@ Field types understood: bool, int, float, str, `X | None`, `Literal[...]`, `tupl
 """
 
 import dataclasses
-import difflib
 import functools
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import config_dict
 
-from mgen_jax.errors import ConfigError
+from mgen_jax.errors import ConfigError, suggest
 
 _ONE_OF = "mgen_one_of"
 
@@ -41,14 +40,6 @@ def one_of(
   factory = dataclasses.MISSING if default is None else lambda: options()[default]()
   metadata = {_ONE_OF: (tag, options, each, default)}
   return dataclasses.field(metadata=metadata, default_factory=factory, kw_only=True)
-
-
-def suggest(word: str, known: Sequence[str]) -> str:
-  """'did you mean "x"?' or the list of what is known."""
-  near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-  if near:
-    return f'did you mean "{near[0]}"?'
-  return f"known: {', '.join(sorted(known)) or 'none'}."
 
 
 def build(cls: type, values: Mapping[str, Any], path: str = "config") -> Any:

@@ -23,10 +23,12 @@ from mgen_jax.errors import UserError
 CONFIG_NAME = "config.json"
 
 # Keys of a stage that may change between an interrupted run and the one that continues it: they
-# do not change what is learned (or, for `steps`, only how long).
+# do not change what is learned (or, for `steps`, only how long). Batches and sets of data may
+# change in steps to come: the checkpoint knows the order of what was drawn so far, and guards it.
 FREE_KEYS = (
-  *("steps", "log_every", "validate_every", "validate_batches", "checkpoint_every", "keep"),
-  *("threads", "workers", "mesh", "show", "fall_back", "guard"),
+  *("steps", "batch_changes", "mixture", "log_every", "validate_every", "validate_batches"),
+  *("checkpoint_every", "keep", "threads", "workers", "mesh", "show"),
+  *("observe", "fall_back", "guard"),
 )
 
 
@@ -96,8 +98,11 @@ class Workdir:
     path = self.folder(stage) / "stage.json"
     now = self._identity(stage)
     if path.exists():
-      self._check_same(stage, read_json(path), now)
-    elif jax.process_index() == 0:
+      before = read_json(path)
+      self._check_same(stage, before, now)
+      # A set of data that a stage reads from a later step on may have come since.
+      now["made_from"] = {**before["made_from"], **now["made_from"]}
+    if jax.process_index() == 0:
       path.parent.mkdir(parents=True, exist_ok=True)
       files.write_text_atomic(path, json.dumps(now, indent=2) + "\n")
 
@@ -142,9 +147,17 @@ class Workdir:
           "--stage, or that stage first."
         )
       made_from[name] = hashlib.sha256(json.dumps(done, sort_keys=True).encode()).hexdigest()[:16]
+    config, data = experiment.stages[stage], None
+    if isinstance(config, config_lib.AverageStage):
+      for entry in config.of:
+        path = Path(entry.partition("@")[0]) / "done.json"
+        if "/" in entry and path.exists():  # of another run, which may change
+          made_from[entry] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    else:
+      data = schema.to_plain(config_lib.data_of(experiment, stage))
     identity = {
       "seed": experiment.seed,
-      "data": schema.to_plain(experiment.data),
+      "data": data,
       "stage": plain,
       "made_from": made_from,
     }
@@ -152,6 +165,12 @@ class Workdir:
 
   def _check_same(self, stage: str, before: dict[str, Any], now: dict[str, Any]) -> None:
     changed = config_lib.differences(before, now)
+    # What a stage reads follows from its config, so an input that came or went is no fault itself.
+    changed = {
+      key: pair
+      for key, pair in changed.items()
+      if not (key.startswith("made_from.") and None in pair)
+    }
     if not changed:
       return
     folder = self.folder(stage)
@@ -169,7 +188,7 @@ class Workdir:
 
 
 def last_trained(work: Workdir, *names: str) -> str:
-  """The last finished train stage of one of the tasks `names`.
+  """The last finished train or average stage of one of the tasks `names`.
 
   Raises:
     UserError: there is none.
@@ -177,7 +196,7 @@ def last_trained(work: Workdir, *names: str) -> str:
   for name in reversed(work.experiment.recipe):
     config = work.experiment.stages[name]
     if (
-      isinstance(config, config_lib.TrainStage)
+      isinstance(config, config_lib.TrainStage | config_lib.AverageStage)
       and config.task.name in names
       and work.done_record(name) is not None
     ):

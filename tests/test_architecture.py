@@ -19,8 +19,12 @@ BELOW_TASKS = {
 BELOW_TRAINING = BELOW_TASKS | {"tasks", "config", "workdir"}
 LIBRARY = BELOW_TRAINING | {
   *("training", "coding", "planning", "evaluation", "cli", "compilation_cache"),
+  "distributed",
 }
-COMMANDS = {"main", "ingest", "plan", "encode", "sample", "evaluate", "reconstruct", "convert"}
+COMMANDS = {
+  *("main", "ingest", "plan", "encode", "sample", "evaluate", "reconstruct", "convert"),
+  *("watch", "plot", "average", "sweep"),
+}
 
 # Part of mgen_jax -> the other parts that it may import. A part may always import itself.
 MAY_IMPORT = {
@@ -42,6 +46,7 @@ MAY_IMPORT = {
   "evaluation": {"errors", "schema", "data", "models", "diffusion"},
   "cli": {"errors", "schema", "training"},
   "compilation_cache": {"errors"},
+  "distributed": {"errors"},
   **dict.fromkeys(COMMANDS, LIBRARY | COMMANDS),
 }
 

@@ -90,8 +90,17 @@ def test_every_stage_can_start_from_the_one_it_names(experiment):
   stages = trained(experiment)
   for stage in stages.values():
     if stage.init_from is not None:
-      origin, wanted = params_of(stages[stage.init_from].task), params_of(stage.task)
+      origin = params_of(experiment.stages[stage.init_from].task)
+      wanted = params_of(stage.task)
       assert jax.eval_shape(tasks.make(stage.task).adapt, origin, wanted) == wanted
+
+
+def test_every_average_is_of_one_model(experiment):
+  for stage in experiment.stages.values():
+    if isinstance(stage, config.AverageStage):
+      wanted = params_of(stage.task)
+      for name in config.own_models(stage):
+        assert params_of(experiment.stages[name].task) == wanted
 
 
 def test_samples_have_the_shape_that_the_evaluation_asks_for(experiment):
@@ -140,6 +149,34 @@ def test_the_30b_recipe_is_the_papers_table():
   largest = tasks.make(made.stages["t2v_768"].task).tokens(parse_bucket("256x768x768"))
   assert largest == 73_728
   assert made.stages["t2v_768"].task.text.widths == (4096, 1280, 1472)
+
+
+def test_finetuning_is_the_papers_and_starts_from_the_30b():
+  """movie_gen 6.4: 512 GPUs, cosine; half of it 16 s at 16 frames a second, half 10.67 s at 24."""
+  before, module = config.resolve(_module("t2v_30b").get_config()), _module("t2v_sft")
+  made = config.resolve(module.get_config("h100"))
+  origin = before.stages["t2v_768_cp2_low"].task
+  for name in module.MODELS:
+    stage = made.stages[name]
+    assert module.devices("h100")[name] == 512
+    assert stage.optimizer.schedule == "cosine"
+    assert stage.task.model == origin.model and stage.task.text == origin.text
+    assert {bucket.frames for bucket in stage.batches()} == {256}
+  shares = {part: entry.weight for part, entry in made.stages["sft_a"].mixture.items()}
+  assert shares == {"encode_16s": 0.5, "encode_10s": 0.5}
+  whole = config.data_of(made, "encode_16s")
+  assert (whole.fps, whole.min_seconds) == (16.0, 16.0)
+  short = config.data_of(made, "encode_10s")
+  assert (short.fps, short.max_seconds) == (24.0, 16.0) and 10.6 < short.min_seconds < 10.7
+  assert made.stages["autoencoder"].task.model == before.stages["autoencoder"].task.model
+
+
+def test_the_toy_of_the_finetuning_is_the_quickstarts_model():
+  quick = config.resolve(_module("quickstart").get_config())
+  toy = config.resolve(_module("t2v_sft").get_config("toy"))
+  assert toy.stages["pretrained"].task == quick.stages["t2v"].task
+  assert toy.stages["autoencoder"].task.model == quick.stages["autoencoder"].task.model
+  assert toy.datasets["sft_long"].marbles.world == quick.data.marbles.world
 
 
 def test_the_presets_train_the_same_recipe():

@@ -1,9 +1,11 @@
-"""The whole recipe as a user runs it: started, killed, stopped, spread over devices and hosts."""
+"""The whole recipe as a user runs it: started, killed, stopped, spread over devices.
+
+Over hosts: `test_hosts.py`.
+"""
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -193,30 +195,3 @@ def test_a_workdir_of_another_experiment_is_refused(whole):
   finally:
     other.write_text(text)
   assert done.returncode == 2 and 'belongs to the experiment "else"' in done.stderr
-
-
-def test_two_processes_give_the_same_losses(whole, tmp_path):
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  processes = [
-    subprocess.Popen(
-      command(
-        tmp_path,
-        f"--coordinator=127.0.0.1:{port}",
-        "--num_processes=2",
-        f"--process_id={index}",
-      ),
-      env=environment(devices=2),
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for index in range(2)
-  ]
-  for process in processes:
-    _, stderr = process.communicate(timeout=500)
-    assert process.returncode == 0, stderr
-  for stage in TRAINED:
-    expected, found = losses(whole, stage), losses(tmp_path, stage)
-    assert list(expected) == list(found)
-    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)

@@ -173,12 +173,13 @@ def test_the_last_trained_stage_is_read_unless_another_is_named(work):
 
 
 def test_the_frame_rate_is_that_of_the_data(work):
-  assert sample.frame_rate(work) == work.experiment.data.marbles.fps
+  assert sample.frame_rate(work, "t2v") == work.experiment.data.marbles.fps
   data = dataclasses.replace(work.experiment.data, videos="anywhere")
   own = Workdir(work.root, dataclasses.replace(work.experiment, data=data))
-  assert sample.frame_rate(own) == work.experiment.data.marbles.fps  # as its clips say
+  assert sample.frame_rate(own, "t2v") == work.experiment.data.marbles.fps  # as its clips say
   data = dataclasses.replace(data, fps=24.0)
-  assert sample.frame_rate(Workdir(work.root, dataclasses.replace(own.experiment, data=data))) == 24
+  own = Workdir(work.root, dataclasses.replace(own.experiment, data=data))
+  assert sample.frame_rate(own, "t2v") == 24
 
 
 # Which shape.

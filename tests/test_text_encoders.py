@@ -139,6 +139,56 @@ def test_a_stage_takes_features_that_lie_elsewhere_if_they_are_of_its_encoders(w
     adopt(tmp_path / "run" / "encode")
 
 
+def run_encode(work, weights, out, *more):
+  values = flags.FlagValues()
+  encode.define_flags(values)
+  chosen = f"--text_weights={weights / 't5'},{weights / 'byt5'}"
+  flag = {"autoencoder": work.root, "stage": "autoencoder", "videos": work.root / "videos"}
+  values([
+    "encode", *(f"--{k}={v}" for k, v in flag.items()), f"--out={out}", f"--buckets={BUCKET}",
+    "--text_encoders=any,any", "--text_names=t5,byt5", chosen, "--text_reads=prompt,quoted",
+    "--text_lengths=64,12", "--text_dtype=float32", *more,
+  ])  # fmt: skip
+  encode.main(["encode"], values)
+  return out / encode.STAGE
+
+
+def test_the_command_writes_the_features_that_a_stage_reads(work, weights, tmp_path):
+  made = run_encode(work, weights, tmp_path / "out")
+  wanted = records.open_records(work.folder("encode") / "train" / BUCKET)
+  found = records.open_records(made / "train" / BUCKET)
+  assert found.settings["text"] == wanted.settings["text"] and len(found.settings["text"]) == 2
+  by_caption = {wanted[n].caption: wanted[n].arrays["text_t5"] for n in range(len(wanted))}
+  same = [
+    n for n in range(len(found)) if found[n].caption in by_caption and found[n].fps == wanted[0].fps
+  ]
+  assert same
+  for number in same:
+    record = found[number]
+    np.testing.assert_allclose(record.arrays["text_t5"], by_caption[record.caption], atol=1e-5)
+    assert record.arrays["text_byt5"].shape == (0, 16)
+  with pytest.raises(UserError, match="made in another way"):
+    run_encode(work, weights, tmp_path / "out", "--text_lengths=64,11")
+
+
+@pytest.mark.parametrize(
+  ("flag", "words"),
+  [
+    ("--text_encoders=", "--text_names needs --text_encoders"),
+    ("--text_lengths=64,few", "name whole numbers"),
+    ("--text_lengths=64", "one entry for each"),
+    ("--text_names=", "need two names"),
+    ("--text_reads=prompt,all", "must be one of 'prompt', 'quoted'"),
+    ("--text_encoders=ul3,any", 'did you mean "ul2"'),
+    ("--text_weights=nowhere,nowhere", r"no converted encoder: make it with .*convert"),
+  ],
+)
+def test_flags_of_text_encoders_that_cannot_be_are_refused(work, weights, tmp_path, flag, words):
+  with pytest.raises(UserError, match=words):
+    run_encode(work, weights, tmp_path / "out", flag)
+  assert not (tmp_path / "out").exists()
+
+
 def test_online_and_cached_features_give_the_same_training(work):
   cached, online = (losses(work, stage) for stage in STAGES)
   assert len(cached) == 3 and len(set(cached)) == 3

@@ -10,7 +10,7 @@ from mgen_jax import schema
 from mgen_jax.config.stages import Experiment
 from mgen_jax.encoders import StackConfig
 from mgen_jax.encoders import sizes as encoder_sizes
-from mgen_jax.errors import ConfigError
+from mgen_jax.errors import ConfigError, suggest
 from mgen_jax.models import backbone as backbone_lib
 from mgen_jax.models import latte as latte_lib
 
@@ -27,7 +27,7 @@ def backbone(size: str, *, dit: bool = False, **changes: Any) -> dict[str, Any]:
     ConfigError: there is no such size.
   """
   if size not in backbone_lib.SIZES:
-    raise ConfigError(f"unknown size {size!r}: {schema.suggest(size, list(backbone_lib.SIZES))}")
+    raise ConfigError(f"unknown size {size!r}: {suggest(size, list(backbone_lib.SIZES))}")
   model = backbone_lib.SIZES[size]
   model = backbone_lib.dit_arm(model) if dit else model
   return {**schema.to_plain(model), **changes}
@@ -45,7 +45,7 @@ def latte(size: str, *, variant: int = 1, **changes: Any) -> dict[str, Any]:
     ConfigError: there is no such size.
   """
   if size not in latte_lib.SIZES:
-    raise ConfigError(f"unknown size {size!r}: {schema.suggest(size, list(latte_lib.SIZES))}")
+    raise ConfigError(f"unknown size {size!r}: {suggest(size, list(latte_lib.SIZES))}")
   return schema.to_plain(latte_lib.size(size, variant=variant, **changes))
 
 

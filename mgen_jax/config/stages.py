@@ -1,13 +1,15 @@
 """What an experiment may say: the config of the data and of each kind of stage, with its defaults.
 
-The configs of models and tasks stand beside their code; they meet here. Not here: the checks across
-stages (see `checks.py`) and the machine that checks types and spelling (see `schema.py`).
+The configs of models and tasks stand beside their code; they meet here. Not here: how a stage is
+optimized (see `recipes.py`), the checks across stages (see `checks.py`) and the machine that checks
+types and spelling (see `schema.py`).
 """
 
 import dataclasses
 from typing import Any, Literal
 
 from mgen_jax import schema, tasks
+from mgen_jax.config.recipes import LoraConfig, OptimizerConfig, PartConfig, check_changes
 from mgen_jax.data import shares
 from mgen_jax.data.buckets import Bucket, Rate, parse_bucket
 from mgen_jax.data.marbles import WorldConfig
@@ -42,10 +44,15 @@ class DataConfig:
   # too long for that gives a window at the low rate. Movie Gen's Table 2: (16.0, 32.0).
   fps_range: tuple[float, float] | None = None
   max_crop: float = 0.2  # share of the picture that fitting a clip to a bucket may lose
+  min_seconds: float | None = None  # videos shorter than this are left out; None: none are
+  max_seconds: float | None = None  # and those of this length or more
   # Of tables and JSON files: the column or key of the caption; None: the first that is usual.
   caption_key: str | None = None
 
   def __post_init__(self):
+    shortest = 0.0 if self.min_seconds is None else self.min_seconds
+    if self.max_seconds is not None and self.max_seconds <= shortest:
+      raise ConfigError(f"max_seconds is {self.max_seconds}: it must be above {shortest}.")
     if self.fps_range is not None:
       if self.fps is not None:
         raise ConfigError("fps and fps_range are both set: unset one.")
@@ -56,40 +63,6 @@ class DataConfig:
   def rate(self) -> Rate:
     """Frames per second to sample clips at."""
     return self.fps if self.fps_range is None else self.fps_range
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-  """AdamW or Muon, with a clipped gradient and a schedule.
-
-  The papers state learning rates (movie_gen 4.4) and neither betas, weight decay nor clipping:
-  the defaults are what the field uses for transformers of this kind.
-  """
-
-  # "muon" orthogonalises the updates of matrices and leaves the rest to Adam.
-  name: Literal["adamw", "muon"] = "adamw"
-  lr: float = 1e-4  # peak learning rate
-  muon_lr: float = 0.02  # of the matrices under muon, on the same schedule
-  schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up
-  warmup_steps: int = 0  # linear, from 0
-  end_factor: float = 0.0  # the schedule ends at lr * end_factor (cosine and linear)
-  b1: float = 0.9
-  b2: float = 0.95
-  eps: float = 1e-8
-  weight_decay: float = 0.0  # decoupled; for matrices only (not norms, biases, tables of vectors)
-  clip_norm: float = 1.0  # global norm of the gradient; 0 switches clipping off
-  clip_from: int = 0  # the first step whose gradient is clipped
-
-  def __post_init__(self):
-    for name in (
-      *("lr", "muon_lr", "warmup_steps", "end_factor", "eps", "weight_decay"),
-      *("clip_norm", "clip_from"),
-    ):
-      if getattr(self, name) < 0:
-        raise ConfigError(f"{name} is {getattr(self, name)}: it cannot be negative.")
-    for name in ("b1", "b2"):
-      if not 0 <= getattr(self, name) < 1:
-        raise ConfigError(f"{name} is {getattr(self, name)}: it must lie in [0, 1).")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +78,7 @@ class IngestStage:
   """Renders Marbles if asked to, probes all media, and writes the index of good clips."""
 
   kind: str = "ingest"
+  dataset: str | None = None  # one of config.datasets; None: config.data
   workers: int = 0  # 0: one for each core
 
 
@@ -113,6 +87,7 @@ class EncodeStage:
   """Turns media into cached latents, one ArrayRecord folder for each bucket."""
 
   kind: str = "encode"
+  ingest: str | None = None  # the stage whose index is read; None: the recipe's first
   autoencoder: str = "autoencoder"  # the stage that trained it
   text: StackConfig = StackConfig()  # frozen encoders of the captions; no names: no text features
   buckets: tuple[str, ...] = ()
@@ -133,6 +108,23 @@ class EncodeStage:
       raise ConfigError(
         "latent_scale and folder are both set: the latents in a folder keep the scale that they "
         "were written with, so give --latent_scale to the command that writes them."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class ObserveConfig:
+  """What is watched while a stage trains, beside the metrics that every stage writes."""
+
+  strict_compiles: bool = False  # stop when something compiles after the warm-up
+  profile_from: int = 0  # the first step, from 1, that JAX's profiler records; 0: none
+  profile_steps: int = 3  # how many it records
+  wandb: str | None = None  # also log to this project of Weights & Biases (the extra "wandb")
+
+  def __post_init__(self):
+    if self.profile_from < 0 or self.profile_steps < 1:
+      raise ConfigError(
+        f"profile_from is {self.profile_from} and profile_steps {self.profile_steps}: they must be "
+        "0 or more, and 1 or more."
       )
 
 
@@ -177,13 +169,27 @@ class TrainStage:
   small_buckets: Literal["error", "repeat", "leave_out"] = "error"
   images_from_videos: bool = True  # frames of videos fill image buckets as well
   latents: str | None = None  # the encode stage whose latents are read; None: media, decoded
+  # Several sets of data, each an encode stage (of media: an ingest stage), in place of `latents`.
+  mixture: dict[str, PartConfig] = dataclasses.field(default_factory=dict)
+  # ((step, factor), ...): from there on the batches are `factor` times those of `buckets`.
+  batch_changes: tuple[tuple[int, float], ...] = ()
   posterior: Literal["mean", "sample"] = "mean"  # of the autoencoder's distribution of latents
   init_from: str | None = None  # the stage whose averaged parameters this one starts from
   init_weights: str | None = None  # or a safetensors file of others (Latte: DiT, PixArt, Latte)
   optimizer: OptimizerConfig = OptimizerConfig()
   # Of parts of the parameters that are optimized apart, by top-level name ("discriminator").
   optimizers: dict[str, OptimizerConfig] = dataclasses.field(default_factory=dict)
+  # Parameters that keep their values: paths, as in the log of a start, * stands for anything and a
+  # path stands for all that is below it.
+  frozen: tuple[str, ...] = ()
+  lora: LoraConfig = LoraConfig()
+  # The moving average of the parameters, which is what is validated, sampled and started from:
+  # "warmup" has decay min(ema_decay, (1 + step) / (10 + step)), "constant" ema_decay, "power"
+  # (1 - 1 / (1 + step)) ** (1 + ema_gamma), a fixed share of the run (Karras et al., 2023); "off"
+  # keeps none, and the parameters themselves are used.
+  ema: Literal["warmup", "constant", "power", "off"] = "warmup"
   ema_decay: float = 0.999
+  ema_gamma: float = 6.94
   # Passes of batch / accumulate examples for each optimizer step; -1: as many as leave one example
   # to each shard of the batch, whatever the number of devices (the least memory).
   accumulate: int = 1
@@ -191,12 +197,16 @@ class TrainStage:
   log_every: int = 50
   validate_every: int = 0  # steps; 0: never
   validate_batches: int = 4  # for each bucket
+  # Times (noise levels) that validation looks at, evenly spaced, each on its share of the examples;
+  # 0: times drawn as in training.
+  validate_bins: int = 8
   checkpoint_every: int = 500
   keep: int = 2  # checkpoints
   fall_back: bool = False  # go on from an older checkpoint where the newest one is damaged
   guard: GuardConfig = GuardConfig()
   threads: int = 4  # that read and decode, on each host
   workers: int = 0  # processes that read and decode, on each host; 0: threads only
+  observe: ObserveConfig = ObserveConfig()
 
   def __post_init__(self):
     if self.accumulate < 1 and self.accumulate != -1:
@@ -211,20 +221,49 @@ class TrainStage:
       raise ConfigError(f"images_to_videos is {self.images_to_videos}: it must be above 0.")
     if not 0 <= self.ema_decay < 1:
       raise ConfigError(f"ema_decay is {self.ema_decay}: it must lie in [0, 1).")
+    if self.ema_gamma < 0 or self.validate_bins < 0:
+      raise ConfigError("ema_gamma and validate_bins cannot be negative.")
+    check_changes("batch_changes", self.batch_changes)
+    if self.latents is not None and self.mixture:
+      raise ConfigError("latents and mixture are both set: name all sets of data in mixture.")
+    if self.optimizer.schedule == "plateau" and not self.validate_every:
+      raise ConfigError(
+        'optimizer.schedule is "plateau" and validate_every is 0: the rate follows the validation '
+        "loss, so set how often that is measured."
+      )
+    for name, optimizer in self.optimizers.items():
+      if optimizer.schedule == "plateau":
+        raise ConfigError(
+          f'optimizers.{name}.schedule is "plateau": the plateau of `optimizer` lowers the rate of '
+          "all parts."
+        )
+    if self.lora.rank and (self.frozen or self.optimizers):
+      raise ConfigError(
+        "lora is on, which trains its adapters only: leave frozen and optimizers empty."
+      )
+    for name, entry in self.buckets.items():
+      batch = entry.batch or (self.batch_multiple if self.tokens_per_step else _BATCH)
+      for step, factor in self.batch_changes:
+        if batch * factor != round(batch * factor):
+          raise ConfigError(
+            f"batch_changes makes the batch of {name} {batch * factor:g} from step {step} on: it "
+            "must be a whole number."
+          )
 
   def passes(self, examples: int, shards: int) -> int:
     """Passes over a batch of so many examples on so many shards of it."""
     return examples // shards if self.accumulate == -1 else self.accumulate
 
-  def batches(self) -> dict[Bucket, BucketConfig]:
-    """The buckets, parsed, in a fixed order, every batch a number.
+  def batches(self, step: int = 0) -> dict[Bucket, BucketConfig]:
+    """The buckets, parsed, in a fixed order, with the batches of a step, every one a number.
 
     Raises:
       ConfigError: tokens_per_step does not hold a batch.
     """
+    factor = ([1.0] + [f for first, f in self.batch_changes if first <= step])[-1]
     buckets = {parse_key(name): self.buckets[name] for name in sorted(self.buckets)}
     return {
-      bucket: dataclasses.replace(entry, batch=entry.batch or self._batch(bucket))
+      bucket: dataclasses.replace(entry, batch=round((entry.batch or self._batch(bucket)) * factor))
       for bucket, entry in buckets.items()
     }
 
@@ -237,6 +276,17 @@ class TrainStage:
     except UserError as error:
       raise ConfigError(str(error)) from error
 
+  def parts(self) -> dict[str, PartConfig]:
+    """The sets of data by stage; {} for media of the recipe's first ingest stage."""
+    return dict(self.mixture) or ({} if self.latents is None else {self.latents: PartConfig()})
+
+  def phases(self) -> tuple[int, ...]:
+    """The steps at which batches or sets of data change, from 0 on."""
+    steps = {0, *(step for step, _ in self.batch_changes)}
+    for part in self.parts().values():
+      steps |= {part.from_step} | ({part.until_step} - {None})
+    return tuple(sorted(step for step in steps if step == 0 or step < self.steps))
+
 
 def parse_key(name: str) -> Bucket:
   """The bucket of a key like "b16x64x64".
@@ -247,6 +297,38 @@ def parse_key(name: str) -> Bucket:
   if not name.startswith("b"):
     raise ConfigError(f'its key must be "b" and frames x height x width: write "b{name}".')
   return parse_bucket(name[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class AverageStage:
+  """One model out of the averaged parameters of several (movie_gen 6.4), or of one.
+
+  It is used like a train stage: sampled, started from, evaluated, encoded with. With one model of
+  another run it is how an experiment takes over what that run has trained.
+  """
+
+  kind: str = "average"
+  task: Any = schema.one_of("name", lambda: tasks.CONFIGS)  # that all of them have learned
+  # Stages of this recipe, or folders of stages of other runs (with a slash: runs/quickstart/t2v).
+  of: tuple[str, ...] = ()
+  weights: tuple[float, ...] = ()  # of each; none: all the same
+  # "greedy": from the best one on, each next one is taken into the (unweighted) average if the
+  # validation loss does not rise (Wortsman et al., 2022).
+  method: Literal["weighted", "greedy"] = "weighted"
+  validation: str | None = None  # greedy: the train stage whose held-out data and times are used
+  latents: str | None = None  # the encode stage of its latents; None: as the first stage in `of`
+
+  def __post_init__(self):
+    if not self.of:
+      raise ConfigError("of is empty: name the stages to average, or folders of them.")
+    if self.weights and len(self.weights) != len(self.of):
+      raise ConfigError(f"weights has {len(self.weights)} entries for {len(self.of)} models in of.")
+    if self.weights and not sum(self.weights) > 0:
+      raise ConfigError(f"weights sum to {sum(self.weights):g}: the sum must be more than 0.")
+    if self.weights and self.method == "greedy":
+      raise ConfigError('weights are set and method is "greedy", which has none: unset one.')
+    if self.method == "greedy" and self.validation is None:
+      raise ConfigError('method is "greedy": name the train stage whose held-out data is used.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,6 +372,7 @@ class ReconstructStage:
 STAGES = {
   "ingest": IngestStage,
   "train": TrainStage,
+  "average": AverageStage,
   "encode": EncodeStage,
   "evaluate": EvaluateStage,
   "reconstruct": ReconstructStage,
@@ -304,4 +387,5 @@ class Experiment:
   seed: int = 0
   recipe: tuple[str, ...] = ()  # the order of the stages (a ConfigDict sorts its keys)
   data: DataConfig = DataConfig()
+  datasets: dict[str, DataConfig] = dataclasses.field(default_factory=dict)  # further ones, by name
   stages: dict[str, Any] = schema.one_of("kind", lambda: STAGES, each=True)

@@ -127,6 +127,8 @@ def make_stream(
   weights: Mapping[Bucket, float] | None = None,
   seed: int,
   start_step: int = 0,
+  first_step: int = 0,
+  drawn: Mapping[Bucket, int] | None = None,
   process_index: int = 0,
   process_count: int = 1,
   threads: int = 4,
@@ -143,6 +145,9 @@ def make_stream(
     sources: the same on every host.
     batch_sizes: of each bucket, examples over all hosts.
     weights: of each bucket, in steps; 0 leaves it out. None: every example is drawn equally often.
+    start_step: of the first batch.
+    first_step: at which this order begins; another went before it (`mixture.Scheduled`).
+    drawn: examples of each bucket that went before, after which this order goes on. None: none.
     process_index, process_count: which host this is, of how many.
     threads: that read batches ahead, one batch each (0: read when asked). So many batches are in
       memory, times `workers` if there are any.
@@ -169,7 +174,7 @@ def make_stream(
   _check(buckets, sources, batch_sizes, process_index, process_count)
   if weights is None:
     weights = {bucket: len(sources[bucket]) / batch_sizes[bucket] for bucket in buckets}
-  order = _Order([weights[bucket] for bucket in buckets])
+  order = _Order([weights[bucket] for bucket in buckets], first_step)
   parts, names = [], []
   for position, bucket in enumerate(buckets):
     size, length = batch_sizes[bucket], len(sources[bucket])
@@ -182,10 +187,11 @@ def make_stream(
       repeats = "Bucket %s has %d examples for a batch of %d: batches repeat them."
       logging.warning(repeats, bucket.name, length, size)
     bucket_seed = _hash32(seed, bucket.name)
+    before = 0 if drawn is None else drawn[bucket]
     rows = _HostRows(
-      position, sources[bucket], transform, bucket_seed, process_index, process_count
+      position, sources[bucket], transform, bucket_seed, process_index, process_count, before=before
     )
-    indices = grain.MapDataset.range(length).shuffle(seed=bucket_seed).repeat()
+    indices = grain.MapDataset.range(length).shuffle(seed=bucket_seed).repeat()[before:]
     batches = indices.batch(size, drop_remainder=True)
     parts.append(batches.map_with_index(rows))
     names.append(_Names(sources[bucket], batches))
@@ -282,11 +288,13 @@ class _HostRows:
   process_index: int
   process_count: int
   ordered: bool = False
+  before: int = 0  # examples of the source that an earlier order has drawn
 
   def __call__(self, batch: int, indices: np.ndarray) -> tuple[int, Batch]:
     local = len(indices) // self.process_count
     rows = range(self.process_index * local, (self.process_index + 1) * local)
-    examples = [self._example(batch * len(indices) + row, int(indices[row])) for row in rows]
+    first = self.before + batch * len(indices)
+    examples = [self._example(first + row, int(indices[row])) for row in rows]
     stacked = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
     if self.ordered:
       stacked["valid"] = indices[rows.start : rows.stop] < len(self.source)
@@ -318,7 +326,8 @@ class _Order(grain.transforms.DatasetSelectionMap):
   because it can count: bucket i takes its share of the steps that the buckets before it left over.
   """
 
-  def __init__(self, weights: Sequence[float]):
+  def __init__(self, weights: Sequence[float], first_step: int = 0):
+    self.first_step = first_step
     total = sum(weights)
     self.weights = [max(1, round(weight / total * _WEIGHT_UNIT)) for weight in weights]
 
@@ -326,8 +335,8 @@ class _Order(grain.transforms.DatasetSelectionMap):
     return sys.maxsize
 
   def counts(self, step: int) -> list[int]:
-    """How many of the steps before `step` go to each bucket."""
-    counts, steps, remaining = [], step, sum(self.weights)
+    """How many of the steps from `first_step` on, before `step`, go to each bucket."""
+    counts, steps, remaining = [], step - self.first_step, sum(self.weights)
     for weight in self.weights:
       left = steps * (remaining - weight) // remaining
       counts.append(steps - left)

@@ -8,8 +8,11 @@ Randomness comes from one key for each example, so a batch gives the same values
 split into microbatches or over devices.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -20,6 +23,14 @@ def draw_time(keys: Array, *, mean: float = 0.0, std: float = 1.0) -> Array:
   """Logit-normal times: t = sigmoid(z), z ~ N(mean, std^2). Keys [B] -> [B] fp32."""
   z = jax.vmap(lambda key: jax.random.normal(key, (), jnp.float32))(keys)
   return jax.nn.sigmoid(mean + std * z)
+
+
+def share_below(t: np.ndarray, mean: float = 0.0, std: float = 1.0) -> np.ndarray:
+  """How many of the times that `draw_time` draws lie below t, 0 to 1; t in [0, 1]."""
+  t = np.asarray(t, np.float64)
+  with np.errstate(divide="ignore"):
+    z = (np.log(t) - np.log1p(-t) - mean) / std  # -inf at 0 and inf at 1
+  return np.vectorize(lambda z: 0.5 * math.erfc(-z / math.sqrt(2.0)))(z)
 
 
 def draw_noise(keys: Array, shape: tuple[int, ...]) -> Array:

@@ -48,6 +48,11 @@ def time_of(step: Array) -> Array:
   return 1.0 - (step.astype(jnp.float32) + 1.0) / STEPS
 
 
+def step_of(t: Array) -> Array:
+  """The step whose t comes nearest, int32: the inverse of `time_of`."""
+  return jnp.clip(jnp.round((1.0 - t) * STEPS - 1.0), 0, STEPS - 1).astype(jnp.int32)
+
+
 def add_noise(x: Array, e: Array, step: Array) -> Array:
   """x_s of data x [B, ...], noise e [B, ...] and steps [B]."""
   a, b = _levels(step, x)

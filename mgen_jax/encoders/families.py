@@ -363,13 +363,29 @@ def _llama_canonical(name: str) -> str | None:
   return None if re.fullmatch(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name) else name
 
 
+_LLAMA_ROPE = {
+  "rope_factor": "factor",
+  "rope_low": "low_freq_factor",
+  "rope_high": "high_freq_factor",
+  "rope_original": "original_max_position_embeddings",
+}
+
+
+def _llama_scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
+  lost = [theirs for theirs in _LLAMA_ROPE.values() if theirs not in rope]
+  if lost:
+    raise UserError(f"config.json has rotary positions of type llama3 without {', '.join(lost)}.")
+  made = {ours: float(rope[theirs]) for ours, theirs in _LLAMA_ROPE.items()}
+  return {**made, "rope_original": int(made["rope_original"])}
+
+
 def _llama_from_hf(hf: Mapping[str, Any], names: Collection[str]) -> llama.LlamaConfig:
   rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
   kind = rope.get("rope_type", rope.get("type", "default"))
-  if kind != "default":
+  if kind not in ("default", "llama3"):
     raise UserError(
-      f"config.json asks for rotary positions of type {kind!r} (LLaMA 3.1 and later): only those "
-      "of LLaMA 3 are known."
+      f"config.json asks for rotary positions of type {kind!r}: those of LLaMA 3 (default) and 3.1 "
+      "(llama3) are known."
     )
   if hf.get("attention_bias") or hf.get("mlp_bias"):
     raise UserError("config.json asks for biases in attention or MLP: a LLaMA 3 has none.")
@@ -379,6 +395,7 @@ def _llama_from_hf(hf: Mapping[str, Any], names: Collection[str]) -> llama.Llama
       f"config.json has head_dim {hf['head_dim']}, which is not hidden_size / heads: this is no "
       "LLaMA 3."
     )
+  scaling = _llama_scaling(rope) if kind == "llama3" else {}
   return llama.LlamaConfig(
     vocab=hf.get("vocab_size", 32000),
     width=width,
@@ -388,13 +405,17 @@ def _llama_from_hf(hf: Mapping[str, Any], names: Collection[str]) -> llama.Llama
     mlp_width=hf.get("intermediate_size", 11008),
     max_positions=hf.get("max_position_embeddings", 2048),
     rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10_000.0))),
+    **scaling,
     tied="lm_head.weight" not in names and bool(hf.get("tie_word_embeddings", False)),
     norm_eps=hf.get("rms_norm_eps", 1e-6),
   )
 
 
 def _llama_to_hf(config: llama.LlamaConfig) -> dict[str, Any]:
+  scaling = {theirs: getattr(config, ours) for ours, theirs in _LLAMA_ROPE.items()}
+  rope = {"rope_scaling": {"rope_type": "llama3", **scaling}} if config.rope_factor != 1 else {}
   return {
+    **rope,
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": config.vocab,

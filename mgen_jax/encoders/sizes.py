@@ -1,7 +1,7 @@
 """Encoders by name: their shapes, and how they read a text.
 
 The names are what experiments and `encoders.load` take. Sources of the shapes: the public configs
-of google/ul2, google/byt5, google-t5, MetaCLIP and LLaMA 3; which of them Movie Gen means follows
+of google/ul2, google/byt5, google-t5, MetaCLIP and LLaMA; which of them Movie Gen means follows
 from the widths in its figure 8: only ByT5-small is 1472 wide, and a text tower is 1280 wide only
 beside a ViT-bigG.
 """
@@ -9,8 +9,7 @@ beside a ViT-bigG.
 import dataclasses
 from typing import Any
 
-from mgen_jax import schema
-from mgen_jax.errors import ConfigError
+from mgen_jax.errors import ConfigError, suggest
 from mgen_jax.models.clip import ClipTextConfig, ClipVisionConfig
 from mgen_jax.models.llama import LlamaConfig
 from mgen_jax.models.t5 import T5Config
@@ -70,6 +69,8 @@ _TOWERS = {
   "bigg": ((1280, 32, 20), (1664, 48, 8192, 1280), "facebook/metaclip-bigG-14-fullcc2.5b"),
 }
 _LLAMA = "tokenizer.json of meta-llama/Meta-Llama-3-{}"
+_LLAMA_31 = "tokenizer.json of meta-llama/Llama-3.1-{}"
+_LONG = {"max_positions": 131_072, "rope_factor": 8.0}
 
 SIZES: dict[str, Size] = {
   "ul2": Size("t5", T5Config(), vocabulary="spiece.model of google/ul2"),
@@ -105,6 +106,13 @@ SIZES: dict[str, Size] = {
     8192,
     _LLAMA.format("70B"),
   ),
+  "llama3.1-8b": Size("llama", LlamaConfig(**_LONG), 8192, _LLAMA_31.format("8B")),
+  "llama3.1-70b": Size(
+    "llama",
+    LlamaConfig(width=8192, layers=80, heads=64, mlp_width=28672, **_LONG),
+    8192,
+    _LLAMA_31.format("70B"),
+  ),
 }
 
 
@@ -115,5 +123,5 @@ def named(name: str) -> Size:
     ConfigError: there is none.
   """
   if name not in SIZES:
-    raise ConfigError(f"unknown encoder {name!r}: {schema.suggest(name, list(SIZES))}")
+    raise ConfigError(f"unknown encoder {name!r}: {suggest(name, list(SIZES))}")
   return SIZES[name]

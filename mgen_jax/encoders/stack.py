@@ -60,6 +60,8 @@ class StackConfig:
           f"{key} is {getattr(self, key)}: it must have one entry for each of the encoders "
           f"{', '.join(self.encoders)}."
         )
+    if len(set(self.names)) < len(self.names):
+      raise ConfigError(f"names is {self.names}: features of two encoders need two names.")
     for name, length in zip(self.encoders, self.lengths, strict=True):
       if name == ANY:
         continue

@@ -7,6 +7,7 @@ layer. Not here: text encoders, the autoencoder, and how time and noise are draw
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -436,7 +437,8 @@ def grow_positions(params: dict, fresh: dict, method: str) -> dict:
     method: see `positions.grow`.
 
   Returns:
-    `params` with its position tables grown to the size of those in `fresh`.
+    `params` with its position tables grown to the size of those in `fresh`; a table that it did not
+    have is that of `fresh`, one that is no longer used is left out.
 
   Raises:
     ConfigError: a table would shrink.
@@ -444,6 +446,31 @@ def grow_positions(params: dict, fresh: dict, method: str) -> dict:
   grown = dict(params)
   for axis in positions_lib.AXES:
     name = f"position_{axis}"
-    if name in params and name in fresh:
-      grown[name] = positions_lib.grow(params[name], fresh[name], method)
+    if name in fresh:
+      have = name in params
+      grown[name] = positions_lib.grow(params[name], fresh[name], method) if have else fresh[name]
+    else:
+      grown.pop(name, None)
   return grown
+
+
+def grow_channels(params: dict, fresh: dict, patch: Sequence[int]) -> dict:
+  """Parameters of a model with fewer input channels for one that reads more (conditions beside the
+  latents, movie_gen 8 and 11).
+
+  Args:
+    params: trained; fresh: those of the larger model, for its shape.
+    patch: that a token is made of: its rows come position by position, channels last.
+
+  Returns:
+    `params` with rows of zeros for the channels that are new: at first they say nothing.
+  """
+  kernel, wanted = params["patch_in"]["kernel"], fresh["patch_in"]["kernel"]
+  if kernel.shape == wanted.shape:
+    return params
+  places = math.prod(patch)
+  rows = kernel.reshape(places, -1, kernel.shape[-1])  # [places, channels, width]
+  more = wanted.shape[0] // places - rows.shape[1]
+  rows = jnp.pad(rows, ((0, 0), (0, more), (0, 0)))
+  kernel = rows.reshape(wanted.shape)
+  return {**params, "patch_in": {**params["patch_in"], "kernel": kernel}}

@@ -1,4 +1,4 @@
-"""The LLaMA 3 decoder, with a cache of keys and values.
+"""The LLaMA 3 and 3.1 decoder, with a cache of keys and values.
 
 RMSNorm, rotary positions (the two halves of a head are the pair that is turned), grouped-query
 attention, SwiGLU; no biases. Source: Grattafiori et al. 2024. Of use for prompt rewriting and for
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mgen_jax.errors import ConfigError
 from mgen_jax.models import layers
@@ -35,6 +36,11 @@ class LlamaConfig:
   mlp_width: int = 14336
   max_positions: int = 8192
   rope_theta: float = 500_000.0
+  # LLaMA 3.1 turns slow pairs slower, to read longer texts; 1: LLaMA 3 turns all as they are.
+  rope_factor: float = 1.0  # by which those are slowed that turn less than rope_low times ...
+  rope_low: float = 1.0
+  rope_high: float = 4.0  # ... and not at all those that turn more often than this ...
+  rope_original: int = 8192  # ... in so many tokens
   tied: bool = False  # the embedding is the head too
   norm_eps: float = 1e-5
   dtype: str = "bfloat16"
@@ -43,6 +49,11 @@ class LlamaConfig:
     if self.width % self.heads or self.heads % self.kv_heads:
       raise ConfigError(
         f"width {self.width}, heads {self.heads} and kv_heads {self.kv_heads} do not divide."
+      )
+    if self.rope_factor <= 0 or not 0 <= self.rope_low < self.rope_high:
+      raise ConfigError(
+        f"rope_factor {self.rope_factor}, rope_low {self.rope_low} and rope_high {self.rope_high} "
+        "scale no positions: the factor is positive and rope_low is less than rope_high."
       )
 
   @property
@@ -71,10 +82,20 @@ def make_cache(config: LlamaConfig, batch: int, places: int) -> Cache:
   return Cache(empty, empty, jnp.zeros(batch, jnp.int32))
 
 
-def rotate(x: Array, positions: Array, theta: float) -> Array:
-  """Turns x [B, S, H, Dh] by positions [B, S], angles in fp32."""
-  half = x.shape[-1] // 2
-  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+def frequencies_of(config: LlamaConfig) -> np.ndarray:
+  """How far each pair of a head turns from one token to the next, radians, fp32 [head_dim / 2].
+
+  Source of the scaling: LLaMA 3.1 (rope_type "llama3" of the public configs).
+  """
+  half = config.head_dim // 2
+  plain = config.rope_theta ** (-np.arange(half) / half)
+  turns = config.rope_original * plain / (2 * np.pi)
+  kept = np.clip((turns - config.rope_low) / (config.rope_high - config.rope_low), 0.0, 1.0)
+  return (plain * (kept + (1 - kept) / config.rope_factor)).astype(np.float32)
+
+
+def rotate(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
+  """Turns the pairs of x [B, S, H, Dh] by positions [B, S] times frequencies, angles in fp32."""
   angles = positions.astype(jnp.float32)[..., None, None] * frequencies  # [B, S, 1, Dh / 2]
   cos, sin = jnp.cos(angles), jnp.sin(angles)
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -98,9 +119,10 @@ class LlamaAttention(nn.Module):
       y = layers.Dense(count * cfg.head_dim, ("embed", "heads"), dtype=cfg.dtype, name=name)(x)
       return y.reshape(batch, length, count, cfg.head_dim)
 
-    query = rotate(heads("query", cfg.heads), positions, cfg.rope_theta)
+    frequencies = frequencies_of(cfg)
+    query = rotate(heads("query", cfg.heads), positions, frequencies)
     query = nn.with_logical_constraint(query, HEADS)
-    key = rotate(heads("key", cfg.kv_heads), positions, cfg.rope_theta)
+    key = rotate(heads("key", cfg.kv_heads), positions, frequencies)
     value = heads("value", cfg.kv_heads)
     if cached is not None:
       rows = jnp.arange(batch)[:, None]

@@ -84,10 +84,10 @@ class PositionBias(nn.Module):
       (cfg.buckets, cfg.heads),
     )
     by_distance = jnp.take(
-      table.astype(jnp.float32), distance_buckets(length, cfg.buckets, cfg.max_distance), axis=0
-    )  # [2 S - 1, H]
+      table.astype(jnp.float32).T, distance_buckets(length, cfg.buckets, cfg.max_distance), axis=1
+    )  # [H, 2 S - 1]
     offset = jnp.arange(length)[None, :] - jnp.arange(length)[:, None] + length - 1
-    return jnp.take(by_distance, offset, axis=0).transpose(2, 0, 1)[None]
+    return jnp.take(by_distance, offset, axis=1)[None]
 
 
 class T5Attention(nn.Module):

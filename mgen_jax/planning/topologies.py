@@ -13,8 +13,7 @@ import re
 import jax
 from jax.experimental import topologies as jax_topologies
 
-from mgen_jax import schema
-from mgen_jax.errors import UserError
+from mgen_jax.errors import UserError, suggest
 from mgen_jax.planning import chips
 from mgen_jax.planning.chips import Chip
 
@@ -70,7 +69,7 @@ def parse(text: str) -> Topology:
   kind = _ALIASES.get(kind, kind)
   known = f"known: {', '.join(EXAMPLES.values())}"
   if kind not in chips.CHIPS:
-    near = schema.suggest(kind, list(EXAMPLES))
+    near = suggest(kind, list(EXAMPLES))
     hint = f'did you mean "{near.split(chr(34))[1]}:{sizes}"? ' if near.startswith("did") else ""
     raise UserError(f'--topology="{text}" is not known: {hint}({known}).')
   chip = chips.CHIPS[kind]

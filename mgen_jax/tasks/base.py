@@ -50,6 +50,11 @@ class Task(Protocol):
   # with parts that come from files has `pretrained(have) -> arrays by name`, and one with parts
   # that are never trained names them in `untrained`.
 
+  # A task whose loss is an average over times (noise levels) also has `time_bins(count)`, times
+  # evenly spread over its own with the share of the training's draws that falls to each, and
+  # `losses_at(params, batch, keys, times)`, the loss of each example at a time of its own, without
+  # dropout, both [B]: validation looks at them.
+
   def sample(
     self, params: Any, batch: dict[str, jax.Array], keys: jax.Array, bucket: Bucket, **options: Any
   ) -> jax.Array:

@@ -1,10 +1,9 @@
 """From a caption to the number of a class: exactly, or by words in order."""
 
-import difflib
 import functools
 from collections.abc import Sequence
 
-from mgen_jax.errors import UserError
+from mgen_jax.errors import UserError, nearest
 
 
 class ClassLabels:
@@ -52,7 +51,7 @@ class ClassLabels:
 
   def _nearest(self, caption: str) -> str:
     lower = {name.lower(): name for name in self.names}
-    near = difflib.get_close_matches(caption.lower(), lower, n=3, cutoff=0.4)
+    near = nearest(caption.lower(), lower, 3)
     if near:
       return f"did you mean {' or '.join(repr(lower[name]) for name in near)}?"
     few = ", ".join(map(repr, self.names[:5]))

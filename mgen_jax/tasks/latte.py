@@ -236,6 +236,26 @@ class Latte:
     square, bound = gaussian.losses(process, output, x0, noise, xt, index)
     return (square + bound).mean(), {"mse": square.mean(), "vlb": bound.mean()}
 
+  def time_bins(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The middles of `count` equal parts of [0, 1] (1: all noise), which training draws evenly."""
+    edges = np.linspace(0.0, 1.0, count + 1)
+    return (edges[:-1] + edges[1:]) / 2, np.full(count, 1.0 / count)
+
+  def losses_at(
+    self, params: Any, batch: dict[str, jax.Array], keys: jax.Array, times: jax.Array
+  ) -> jax.Array:
+    """The loss of each clip [B] (images beside it are not looked at) at its own share [B] of the
+    diffusion's steps, with its condition, noise from its key."""
+    noise_keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
+    x0 = batch["latents"].astype(jnp.float32)
+    process = gaussian.process(None, self.config.schedule, self.config.prediction)
+    index = jnp.floor(times * gaussian.STEPS).astype(jnp.int32)
+    noise = draw_noise(noise_keys, x0.shape[1:])
+    xt = gaussian.add_noise(process, x0, noise, index)
+    output = self._apply(self._model, params, xt, index, self._conditions_of(batch, 0))
+    square, bound = gaussian.losses(process, output, x0, noise, xt, index)
+    return square + bound
+
   def _conditions_of(self, batch: dict[str, jax.Array], images: int) -> dict[str, jax.Array]:
     """The entries of the condition, of the clip and then of its images: [B, 1 + I, ...]."""
     return {

@@ -28,7 +28,7 @@ from mgen_jax.tasks.base import ArraySpec
 
 # Model keys that an earlier stage may have had otherwise: they shape no parameter, or can grow.
 _FREE = {"max_positions", "position_growth", "position_std", "context_parallel", "dtype", "remat"}
-_FREE |= {"scan_unroll", "cross_zero_init"}
+_FREE |= {"scan_unroll", "cross_zero_init", "in_channels"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +139,11 @@ class TextToVideoConfig:
           f"{path}.task.model.max_positions is {now}, and {then} in the stage it starts from: "
           "position tables grow and never shrink."
         )
+      if key == "in_channels" and now < then:
+        raise ConfigError(
+          f"{path}.task.model.in_channels is {now}, and {then} in the stage it starts from: input "
+          "channels are added and never taken away."
+        )
       if key not in _FREE and now != then:
         raise ConfigError(
           f"{path}.task.model.{key} is {now}, and {then} in the stage it starts from: give both "
@@ -172,10 +177,14 @@ class TextToVideo:
     return params if text is None else {**params, "text": text}
 
   def adapt(self, params: Any, fresh: Any) -> Any:
-    """Position tables grow to this model's, as `model.position_growth` says."""
-    method = self.config.model.position_growth
-    grown = backbone.grow_positions(params["backbone"], fresh["backbone"], method)
-    return {**params, "backbone": grown}
+    """A model that grew: position tables as `model.position_growth` says, further input channels
+    from zero, so that they say nothing yet, and tables and a text that the earlier one had not."""
+    model = self.config.model
+    have = backbone.grow_channels(params["backbone"], fresh["backbone"], model.patch)
+    grown = backbone.grow_positions(have, fresh["backbone"], model.position_growth)
+    if "text" not in fresh:  # features of frozen encoders: nothing of the text is trained
+      return {"backbone": grown}
+    return {"text": fresh["text"], **params, "backbone": grown}
 
   def velocity(
     self, params: Any, x: jax.Array, t: jax.Array, text: dict[str, jax.Array]
@@ -205,6 +214,31 @@ class TextToVideo:
       )
     prediction = self.velocity(params, x, t, text)
     return flow_matching.loss(prediction, target).mean(), {}
+
+  def time_bins(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The middles of `count` equal parts of [0, 1], and the share of training times in each."""
+    edges = np.linspace(0.0, 1.0, count + 1)
+    middles = (edges[:-1] + edges[1:]) / 2
+    if self.config.objective == "v_prediction":  # draws its steps evenly
+      return middles, np.full(count, 1.0 / count)
+    below = flow_matching.share_below(edges, self.config.time_mean, self.config.time_std)
+    return middles, np.diff(below)
+
+  def losses_at(
+    self, params: Any, batch: dict[str, jax.Array], keys: jax.Array, times: jax.Array
+  ) -> jax.Array:
+    """The loss of each example [B] at its own t [B], with its caption, noise from its key."""
+    noise_keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
+    x1 = batch["latents"].astype(jnp.float32)
+    x0 = flow_matching.draw_noise(noise_keys, x1.shape[1:])
+    if self.config.objective == "v_prediction":
+      step = v_prediction.step_of(times)
+      x, target = v_prediction.add_noise(x1, x0, step), v_prediction.velocity(x1, x0, step)
+      times = v_prediction.time_of(step)
+    else:
+      x, target = flow_matching.interpolate(x1, x0, times), flow_matching.velocity(x1, x0)
+    prediction = self.velocity(params, x, times, self._text_of(batch))
+    return flow_matching.loss(prediction, target)
 
   def sample(
     self,

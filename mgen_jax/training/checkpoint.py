@@ -7,6 +7,7 @@ an older one. Checkpoints are ordered by step, never by a clock.
 """
 
 import os
+from collections.abc import Mapping
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from mgen_jax.errors import UserError
@@ -74,6 +76,7 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
     self._fall_back = fall_back
     self._pending: int | None = None
+    self._shapes: dict[int, dict[str, tuple[int, ...]]] = {}  # of what was read here, by step
     self._verified: set[int] = set()  # steps whose files have been compared with their checksums
     # One thread, in which each save ends: Orbax's commit, then our checksums.
     self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
@@ -180,7 +183,7 @@ class Checkpoints:
         self._set_aside(step)
 
   def _restore(self, step: int, target: TrainState) -> Restored:
-    self._verify(step)
+    self.verify(step)
     self._check_shapes(step, target)
     args = ocp.args.Composite(
       state=ocp.args.StandardRestore(target),
@@ -196,6 +199,9 @@ class Checkpoints:
   def restore_ema(self, shapes: Any, layout: Any, step: int | None = None) -> Any:
     """Reads only the averaged parameters: for sampling and for the start of a later stage.
 
+    Those that have no average (they were not trained, or the stage keeps none) are read as they
+    are.
+
     Args:
       shapes: the parameters as shapes and dtypes.
       layout: the sharding of each.
@@ -205,9 +211,36 @@ class Checkpoints:
       CheckpointError: there is none, it is damaged, or it belongs to another model.
     """
     step = self._existing(step)
-    self._verify(step)
-    target = {"ema": with_layout(shapes, layout)}
-    self._check_shapes(step, target, only="ema/")
+    self.verify(step)
+    wanted = traverse_util.flatten_dict(with_layout(shapes, layout), sep="/")
+    saved = self._saved_shapes(step)
+    averaged = {name.removeprefix("ema/") for name in saved if name.startswith("ema/")}
+    names = averaged | {n.removeprefix("params/") for n in saved if n.startswith("params/")}
+    self._refuse_other(
+      step,
+      {n: saved[f"ema/{n}" if n in averaged else f"params/{n}"] for n in names},
+      {name: tuple(leaf.shape) for name, leaf in wanted.items()},
+    )
+    return traverse_util.unflatten_dict(self.restore_tensors(wanted, step), sep="/")
+
+  def restore_tensors(
+    self, wanted: Mapping[str, jax.ShapeDtypeStruct], step: int | None = None
+  ) -> dict[str, jax.Array]:
+    """Reads some of the averaged parameters, by name; `verify` first.
+
+    Args:
+      wanted: shapes, dtypes and shardings by name, all of which the checkpoint has.
+      step: which; the newest by default.
+
+    Raises:
+      CheckpointError: there is none or it is damaged.
+    """
+    step = self._existing(step)
+    saved = self._saved_shapes(step)
+    group = {name: "ema" if f"ema/{name}" in saved else "params" for name in wanted}
+    target = traverse_util.unflatten_dict(
+      {f"{group[name]}/{name}": leaf for name, leaf in wanted.items()}, sep="/"
+    )
     args = ocp.args.PyTreeRestore(
       item=target,
       restore_args=ocp.checkpoint_utils.construct_restore_args(target),
@@ -215,9 +248,11 @@ class Checkpoints:
     )
     try:
       with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.restore(self._path(step) / "state", args=args)["ema"]
+        found = reader.restore(self._path(step) / "state", args=args)
     except Exception as error:
       raise self._read_error(step, error) from error
+    flat = traverse_util.flatten_dict(found, sep="/")
+    return {name: flat[f"{group[name]}/{name}"] for name in wanted}
 
   def read_meta(self, step: int | None = None) -> dict[str, Any]:
     """The meta of a checkpoint, without its arrays.
@@ -243,11 +278,11 @@ class Checkpoints:
   def _path(self, step: int) -> Path:
     return Path(self.folder) / str(step)
 
-  def _verify(self, step: int) -> None:
+  def verify(self, step: int | None = None) -> None:
     """Compares the files with their checksums, once; all processes come to the same end."""
+    step, damage = self._existing(step), None
     if step in self._verified:
       return
-    damage = None
     try:
       checksums.verify(self._path(step), jax.process_index(), jax.process_count())
     except (checksums.Damaged, OSError) as error:
@@ -280,16 +315,25 @@ class Checkpoints:
       )
     return step
 
-  def _check_shapes(self, step: int, target: Any, only: str = "") -> None:
-    """Compares names (that start with `only`) and shapes before any array is read."""
+  def _check_shapes(self, step: int, target: Any) -> None:
+    """Compares names and shapes before any array is read."""
+    self._refuse_other(step, self._saved_shapes(step), _shapes_by_name(target))
+
+  def _saved_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+    if step in self._shapes:
+      return self._shapes[step]
     try:
       tree = self._manager.item_metadata(step)["state"]
     except Exception as error:
       raise self._read_error(step, error) from error
     if tree is None:
       raise self._read_error(step, FileNotFoundError("its state is missing"))
-    saved = {k: v for k, v in _shapes_by_name(tree).items() if k.startswith(only)}
-    wanted = _shapes_by_name(target)
+    self._shapes[step] = _shapes_by_name(tree)
+    return self._shapes[step]
+
+  def _refuse_other(
+    self, step: int, saved: Mapping[str, tuple], wanted: Mapping[str, tuple]
+  ) -> None:
     differ = [
       f"{name}: {saved.get(name, 'absent')} in the checkpoint, {wanted.get(name, 'absent')} here"
       for name in sorted(saved.keys() | wanted.keys())

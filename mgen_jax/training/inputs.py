@@ -1,6 +1,7 @@
 """The data of a train stage: from what earlier stages left on disk to a `loop.Stream`."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,8 +12,9 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from mgen_jax import config as config_lib
+from mgen_jax import tasks
 from mgen_jax.config import TrainStage
-from mgen_jax.data import ingest, pipeline, records, shares
+from mgen_jax.data import ingest, mixture, pipeline, records, shares
 from mgen_jax.data import sources as sources_lib
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.errors import UserError
@@ -21,6 +23,9 @@ from mgen_jax.training import loop
 from mgen_jax.workdir import Workdir, read_json
 
 STATISTICS_NAME = "statistics.json"  # of the encode stage: mean and std of each latent channel
+
+
+_NO_EXAMPLES = mixture.EvenMixture(())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,56 +57,121 @@ class Prepare:
     return made
 
 
-def make_stream(work: Workdir, name: str, task: Task) -> tuple[loop.Stream, dict[str, Any] | None]:
+def make_stream(
+  work: Workdir, name: str, task: Task, before: Mapping[str, Any] | None = None
+) -> tuple[loop.Stream, dict[str, Any] | None]:
   """The stream of train stage `name`, and the statistics of its latents (None for media).
+
+  Args:
+    work: of the run.
+    name: of the stage.
+    task: that it trains.
+    before: the statistics of the latents that the model it starts from has learned, which it keeps:
+      what those are normalised with is part of what it knows. None: it starts from none.
 
   Raises:
     UserError: no bucket has an example, or what an earlier stage left cannot be read.
   """
   stage = work.experiment.stages[name]
-  latents = None
-  if stage.latents is None:
-    train, held_out = _media_sources(work, stage)
-  else:
-    latents = read_json(work.latents(stage.latents) / STATISTICS_NAME)
-    train, held_out = _latent_sources(work, stage, task, latents)
-  parts = _with_examples(name, stage, task, stage.batches(), train)
-  share = shares.of_steps(parts, by=stage.mix, images_to_videos=stage.images_to_videos)
-  logging.info("stage %s draws from:\n%s", name, shares.table(parts, share, stage.steps))
-  sizes = {bucket: part.batch for bucket, part in parts.items()}
-  pipeline.check_shared_memory(_batch_bytes(task, sizes), stage.workers)
+  parts, latents = stage.parts(), None
+  if tasks.TASKS[stage.task.name].source == "latents":
+    latents = _statistics(work, parts, before)
+  sources = {
+    part: _latent_sources(work, stage, part, task, latents)
+    if latents is not None
+    else _media_sources(work, stage, part)
+    for part in parts or config_lib.ingests_of(work.experiment, name)
+  }
+  phases = [_phase(name, stage, task, step, sources) for step in stage.phases()]
+  for phase in phases:
+    pipeline.check_shared_memory(_batch_bytes(task, phase.batch_sizes), stage.workers)
   common = {
     "process_index": jax.process_index(),
     "process_count": jax.process_count(),
     "threads": stage.threads,
     "transform": Prepare(task, latents, stage.posterior == "sample"),
   }
+  make = functools.partial(
+    pipeline.make_stream,
+    **{**common, "workers": stage.workers},
+    seed=work.experiment.seed,
+    repeat=stage.small_buckets == "repeat",
+  )
 
-  def start(step: int) -> pipeline.Stream:
-    opened = pipeline.make_stream(
-      {bucket: train[bucket] for bucket in parts},
-      batch_sizes=sizes,
-      weights=share,
-      seed=work.experiment.seed,
-      start_step=step,
-      workers=stage.workers,
-      repeat=stage.small_buckets == "repeat",
-      **common,
-    )
+  def start(step: int) -> mixture.Scheduled:
+    opened = mixture.Scheduled(phases, make, step)
     _check_hosts(name, opened.fingerprint)
     return opened
 
   def validation() -> Iterator[tuple[Bucket, dict[str, np.ndarray]]]:
-    sources = {bucket: held_out[bucket] for bucket in parts if len(held_out[bucket])}
-    seen = dict.fromkeys(sources, 0)
-    with pipeline.make_ordered_stream(sources, batch_sizes=sizes, **common) as batches:
-      for bucket, batch in batches:
+    # Of all sets of data of the stage, in batches of its first phase: the same at every step.
+    sizes = {**phases[-1].batch_sizes, **phases[0].batch_sizes}
+    held_out = {b: mixture.EvenMixture([both[1][b] for both in sources.values()]) for b in sizes}
+    held_out = {bucket: source for bucket, source in held_out.items() if len(source)}
+    seen = dict.fromkeys(held_out, 0)
+    with pipeline.make_ordered_stream(held_out, batch_sizes=sizes, **common) as stream:
+      for bucket, batch in stream:
         del batch["valid"]  # a last batch repeats an example: still the same every time
         seen[bucket] += 1
         if seen[bucket] <= stage.validate_batches:
           yield bucket, batch
 
-  return loop.Stream(sizes, start, validation), latents
+  first, *changed = [phase.batch_sizes for phase in phases]
+  # Validation uses the buckets of later phases too.
+  validated = {**phases[-1].batch_sizes, **first}
+  return loop.Stream(first, start, validation, (*changed, validated)), latents
+
+
+def _statistics(
+  work: Workdir, parts: Mapping[str, Any], before: Mapping[str, Any] | None
+) -> dict[str, Any]:
+  """The mean and spread of latents to normalise with: of what the model has learned, else of the
+  first set of data."""
+  of_parts = {part: read_json(work.latents(part) / STATISTICS_NAME) for part in parts}
+  (first, latents), *others = of_parts.items()
+  for part, found in others:
+    check_autoencoder(found, latents, f"the latents of stage {part}")
+  if before is None:
+    return latents
+  kept = {key: before[key] for key in ("mean", "std")}
+  if any(kept[key] != latents[key] for key in kept):
+    logging.info("latents of %s are normalised as the model has learned them", first)
+  return {**latents, **kept}
+
+
+def _phase(
+  name: str,
+  stage: TrainStage,
+  task: Task,
+  step: int,
+  sources: Mapping[str, tuple[dict, dict]],
+) -> mixture.Phase:
+  """What the stage draws from `step` on."""
+  entries = {part: entry for part, entry in stage.parts().items() if entry.at(step)}
+  drawn = list(entries) or list(sources)
+  weights = [entries[part].weight for part in entries]
+  mixed = {
+    bucket: sources[drawn[0]][0][bucket]
+    if len(drawn) == 1
+    else mixture.MixtureSource(
+      [sources[part][0][bucket] for part in drawn], weights if any(weights) else None
+    )
+    for bucket in stage.batches()
+  }
+  if len(drawn) > 1:
+    for bucket, source in mixed.items():
+      logging.info("bucket %s draws %s of %s", bucket.name, source.counts, drawn)
+  kept = _with_examples(name, stage, task, stage.batches(step), mixed)
+  share = shares.of_steps(kept, by=stage.mix, images_to_videos=stage.images_to_videos)
+  logging.info(
+    "stage %s draws from step %d on:\n%s", name, step, shares.table(kept, share, stage.steps)
+  )
+  return mixture.Phase(
+    step,
+    {bucket: mixed[bucket] for bucket in kept},
+    {bucket: part.batch for bucket, part in kept.items()},
+    share,
+  )
 
 
 def check_autoencoder(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
@@ -119,10 +189,10 @@ def check_autoencoder(found: Mapping[str, Any], wanted: Mapping[str, Any], where
     )
 
 
-def _media_sources(work: Workdir, stage: TrainStage) -> tuple[dict, dict]:
-  """Sources of the training and of the held-out clips, by bucket."""
-  data = work.experiment.data
-  index = ingest.load(work.folder(config_lib.ingest_of(work.experiment)))
+def _media_sources(work: Workdir, stage: TrainStage, part: str) -> tuple[dict, dict]:
+  """Sources of the training and of the held-out clips of an ingest stage, by bucket."""
+  data = config_lib.data_of(work.experiment, part)
+  index = ingest.load(work.folder(part))
   both = []
   for split in ("train", "held_out"):
     sources, groups = sources_lib.media_sources(
@@ -140,14 +210,16 @@ def _media_sources(work: Workdir, stage: TrainStage) -> tuple[dict, dict]:
 
 
 def _latent_sources(
-  work: Workdir, stage: TrainStage, task: Task, statistics: Mapping[str, Any]
+  work: Workdir, stage: TrainStage, part: str, task: Task, statistics: Mapping[str, Any]
 ) -> tuple[dict, dict]:
   """The same from the records of the encode stage, with images where the task wants them."""
   both = []
   for split in ("train", "held_out"):
 
     def read(bucket: Bucket, split: str = split) -> sources_lib.Source:
-      source = records.open_records(work.latents(stage.latents) / split / bucket.name)
+      if bucket.name not in work.experiment.stages[part].buckets:
+        return _NO_EXAMPLES  # another set of data fills this bucket
+      source = records.open_records(work.latents(part) / split / bucket.name)
       check_autoencoder(source.settings, statistics, str(source.folder))
       return sources_lib.LatentSource(source)
 

@@ -2,7 +2,8 @@
 
 A run starts in one of three ways, tried in this order:
   1. this stage has a checkpoint: continue from it, bit for bit, data order included;
-  2. the stage says `init_from` another: start at step 0 from that stage's averaged parameters;
+  2. the stage says `init_from` another: start at step 0 from that stage's averaged parameters,
+     fitted to this one's model (`start.py`);
   3. else: start at step 0 from random parameters.
 
 Not here: what is learned (`tasks/`), the step itself (`step.py`), what a stage is (`runner.py`),
@@ -25,13 +26,14 @@ from mgen_jax.data.buckets import Bucket
 from mgen_jax.errors import UserError
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.tasks.base import Task
+from mgen_jax.training import lora, validation
 from mgen_jax.training import metrics as metrics_lib
 from mgen_jax.training import state as state_lib
-from mgen_jax.training import step as step_lib
 from mgen_jax.training.checkpoint import CheckpointError, Checkpoints
 from mgen_jax.training.guard import Guard, RollBack
 from mgen_jax.training.interrupt import Interrupted, StopSignal
 from mgen_jax.training.meter import Meter
+from mgen_jax.training.observe import Observation
 from mgen_jax.training.patience import Patience
 from mgen_jax.training.program import Program, batch_shapes, make_program
 
@@ -58,6 +60,11 @@ class Stream(NamedTuple):
   batch_sizes: Mapping[Bucket, int]  # global
   open: Callable[[int], Batches]  # from a number of batch on
   validation: Callable[[], Iterator[Rows]]  # held out, finite, always the same
+  changed_sizes: tuple[Mapping[Bucket, int], ...] = ()  # global batches of later steps
+
+  def buckets(self) -> list[Bucket]:
+    """Of all steps, in order."""
+    return sorted({b for sizes in (self.batch_sizes, *self.changed_sizes) for b in sizes})
 
 
 def train(
@@ -98,13 +105,16 @@ def train(
   began = time.perf_counter()
   with contextlib.ExitStack() as stack:
     stack.enter_context(mesh_lib.use(mesh))
+    task = lora.wrap(task, config.lora)
     run = _Run(
       *(task, config, stream, mesh, name, seed, folder, meta, began),
       frozen=() if frozen is None else (frozen,),
       program=make_program(task, config, mesh, seed),
-      rows_of=batch_shapes(task, stream.batch_sizes, mesh),
-      validate=step_lib.make_validation(task, seed=seed),
+      rows_of=shapes_by_size(task, stream, mesh),
+      put=putter(task, stream, mesh),
+      validate=validation.Validator(task, mesh, seed=seed, bins=config.validate_bins),
       stop=stack.enter_context(StopSignal()),
+      observation=stack.enter_context(Observation(folder, name, config.observe)),
       patience=stack.enter_context(Patience()),
       checkpoints=stack.enter_context(
         Checkpoints(f"{folder}/checkpoints", keep=config.keep, fall_back=config.fall_back)
@@ -113,6 +123,7 @@ def train(
     beyond = None  # of a roll-back: the batch that it goes past, and how many there were by then
     while True:
       state, at, fingerprint = run.restore(load_initial)
+      run.observation.resumed(at.step)
       if beyond is not None:
         at = at.past(*beyond)
       with contextlib.closing(stream.open(at.batch)) as batches:
@@ -160,21 +171,26 @@ class _Run:
   began: float  # when this process did, less what the stage has taken before
   frozen: tuple[Any, ...]  # nothing, or the frozen parameters
   program: Program
-  rows_of: dict[Bucket, dict[str, jax.ShapeDtypeStruct]]
-  validate: Callable[..., jax.Array]
+  rows_of: dict[tuple[Bucket, int], dict[str, jax.ShapeDtypeStruct]]
+  put: Callable[[Bucket, Mapping[str, np.ndarray]], dict[str, jax.Array]]
+  validate: validation.Validator
   stop: StopSignal
+  observation: Observation
   patience: Patience
   checkpoints: Checkpoints
-  train_step: Mapping[Bucket, Callable[..., Any]] | None = None  # once it is compiled
+  train_step: Mapping[tuple[Bucket, int], Callable[..., Any]] | None = None  # once compiled
 
   def restore(self, load_initial: Callable[[Any, Any], Any] | None):
     """(state, progress, fingerprint of the data or None): of the newest checkpoint, or step 0."""
-    optimizer, shapes, layout, _ = self.program
+    optimizer, shapes, layout, _, contents = self.program
     if self.checkpoints.latest_step() is None:
-      initial = load_initial(shapes.params, layout.params) if load_initial else None
-      state = state_lib.initialise(self.task, optimizer, layout, self.seed, initial)
+      with self.observation.spend("initialise"):
+        load_initial = lora.starting(self.task, load_initial, self.seed)
+        initial = load_initial(shapes.params, layout.params) if load_initial else None
+        state = state_lib.initialise(self.task, optimizer, layout, self.seed, initial, contents)
       return state, Progress(), None
-    restored = self.checkpoints.restore(shapes, layout)
+    with self.observation.spend("restore"):
+      restored = self.checkpoints.restore(shapes, layout)
     logging.info(
       "stage %s continues from step %d of %d", self.name, restored.step, self.config.steps
     )
@@ -187,7 +203,8 @@ class _Run:
     """From where the stage is to its last step; returns the seconds that it has taken."""
     config = self.config
     if self.train_step is None and at.step < config.steps:
-      self.train_step = self.program.compile(self.rows_of, *self.frozen)
+      with self.observation.spend("compile"):
+        self.train_step = self.program.compile(self.rows_of, *self.frozen)
     guard = Guard(
       *(config.guard, self.name, self.folder),
       examples_of=lambda step: batches.examples_at(step - 1 + at.passed_over),
@@ -196,9 +213,12 @@ class _Run:
     )
     # Evaluate if due -> save if due -> next batch -> step -> log the steps before.
     with metrics_lib.Metrics(
-      self.folder, self.name, steps=config.steps, start_step=at.step
+      *(self.folder, self.name),
+      steps=config.steps,
+      start_step=at.step,
+      wandb_project=config.observe.wandb,
     ) as metrics:
-      meter = Meter(self.task, metrics, guard.check, config.log_every)
+      meter = Meter(self.task, metrics, guard.check, self.observation, config.log_every)
       saved = at.step
 
       def save(step):
@@ -206,37 +226,49 @@ class _Run:
         seconds = time.perf_counter() - self.began
         data = {"step": step, "seed": self.seed, "fingerprint": batches.fingerprint}
         data |= {"passed_over": at.passed_over, "roll_backs": at.roll_backs}
-        with self.patience.over("the checkpoint before to be written"):
+        with (
+          self.observation.spend("save"),
+          self.patience.over("the checkpoint before to be written"),
+        ):
           self.checkpoints.save(step, state, data, {**self.meta, "seconds": seconds})
 
       for step in range(at.step, config.steps + 1):
         last = step == config.steps
         signum = self.stop.received(self.mesh, last)
         if step > at.step and _due(step, config.validate_every, last):
-          losses = [
-            self.validate(state.ema, _to_devices(rows, self.rows_of[bucket]), index, *self.frozen)
-            for index, (bucket, rows) in enumerate(self.stream.validation())
-          ]
-          metrics.write(step, {"validation_loss": float(np.mean(jax.device_get(losses)))})
+          with self.observation.spend("validation"):
+            found = self.validate(
+              state_lib.averaged(state), self.stream.validation(), self.put, *self.frozen
+            )
+            metrics.write(step, found)
+            state = self.program.follow(state, np.float32(found[validation.LOSS]), config)
         if step > saved and (_due(step, config.checkpoint_every, last) or signum):
           save(step)
           saved = step
+        if signum or last:
+          with self.observation.spend("save"):
+            self.checkpoints.wait()
         if signum:
-          self.checkpoints.wait()
           raise Interrupted(signum, self.name, step)
         if last:
           break
         try:
-          with meter.waiting(), self.patience.over(f"the batch of step {step + 1}"):
+          with (
+            self.observation.spend("data"),
+            self.patience.over(f"the batch of step {step + 1}"),
+          ):
             bucket, rows = next(batches)
+            examples, rows = _examples(rows), self.put(bucket, rows)
         except UserError as error:  # its records are gone; the state is as good as ever
           if step > saved and jax.process_count() == 1:  # others are on their way, and cannot save
             logging.error("%s", error)
             save(step)
           raise
-        rows = _to_devices(rows, self.rows_of[bucket])
-        state, values = self.train_step[bucket](state, rows, *self.frozen)
-        meter.after(step + 1, bucket, self.stream.batch_sizes[bucket], values)
+        with self.observation.step(step + 1):
+          state, values = self.train_step[bucket, examples](state, rows, *self.frozen)
+        meter.after(step + 1, bucket, examples, values)
+    if config.validate_every and jax.process_index() == 0:
+      validation.draw(self.folder)
     return time.perf_counter() - self.began
 
 
@@ -245,8 +277,32 @@ def _due(step: int, every: int, last: bool) -> bool:
   return every > 0 and (step % every == 0 or last)
 
 
+def shapes_by_size(
+  task: Task, stream: Stream, mesh: jax.sharding.Mesh
+) -> dict[tuple[Bucket, int], dict[str, jax.ShapeDtypeStruct]]:
+  """`batch_shapes` by bucket and number of examples: a stage may change its batches."""
+  return {
+    (bucket, sizes[bucket]): shapes
+    for sizes in (stream.batch_sizes, *stream.changed_sizes)
+    for bucket, shapes in batch_shapes(task, sizes, mesh).items()
+  }
+
+
+def putter(
+  task: Task, stream: Stream, mesh: jax.sharding.Mesh
+) -> Callable[[Bucket, Mapping[str, np.ndarray]], dict[str, jax.Array]]:
+  """A function of a bucket and this host's rows of a batch to the batch on the devices."""
+  shapes = shapes_by_size(task, stream, mesh)
+  return lambda bucket, rows: _to_devices(rows, shapes[bucket, _examples(rows)])
+
+
+def _examples(rows: Mapping[str, np.ndarray]) -> int:
+  """Of the global batch that these rows of one host are part of."""
+  return len(next(iter(rows.values()))) * jax.process_count()
+
+
 def _to_devices(
-  rows: dict[str, np.ndarray], shapes: Mapping[str, jax.ShapeDtypeStruct]
+  rows: Mapping[str, np.ndarray], shapes: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
   """This host's rows of a batch as parts of global arrays, split over the batch axes."""
   return {

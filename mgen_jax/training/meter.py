@@ -1,8 +1,7 @@
 """From the outputs of steps to log lines, one step late, so that the devices never wait for it."""
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ from mgen_jax.parallel import hardware
 from mgen_jax.tasks.base import Task
 from mgen_jax.training import metrics as metrics_lib
 from mgen_jax.training.guard import GOOD
+from mgen_jax.training.observe import Observation
 
 Values = dict[str, jax.Array]
 
@@ -28,6 +28,7 @@ class Meter:
     metrics: where the lines go.
     check: called with each step's number and values, in order, before its line is written; what it
       raises ends the run or sends it back (`guard.Guard.check`).
+    observation: what is watched beside.
     log_every: steps.
   """
 
@@ -36,22 +37,15 @@ class Meter:
     task: Task,
     metrics: metrics_lib.Metrics,
     check: Callable[[int, Mapping[str, np.ndarray]], None],
+    observation: Observation,
     log_every: int,
   ):
     self._task, self._metrics, self._check = task, metrics, check
-    self._log_every = log_every
+    self._observation, self._log_every = observation, log_every
     self._checked: int | None = None  # the last step that was
     self._interval = _Interval()
     self._due: _Interval | None = None  # complete, but its last steps may still be running
     self._written = time.perf_counter()  # when the last line was
-    self._waited = 0.0  # seconds for data since then
-
-  @contextlib.contextmanager
-  def waiting(self) -> Iterator[None]:
-    """Around the wait for a batch."""
-    began = time.perf_counter()
-    yield
-    self._waited += time.perf_counter() - began
 
   def after(self, step: int, bucket: Bucket, examples: int, values: Values) -> None:
     """Step number `step` on a batch of `examples` is queued; `values` are its metrics to come.
@@ -62,6 +56,7 @@ class Meter:
     if self._checked is None:
       self._checked = step - 1
     interval = self._interval
+    interval.entry = self._observation.queued(step, bucket.name, values)
     interval.values.append(values)
     interval.examples += examples
     interval.tokens += examples * self._task.tokens(bucket)
@@ -100,10 +95,11 @@ class Meter:
     line["examples_per_second"] = interval.examples / seconds
     line["tokens_per_second"] = interval.tokens / seconds
     line["mfu"] = interval.flops / seconds / (peak * jax.device_count()) if peak else None
-    line["data_wait"] = min(1.0, self._waited / seconds)
+    line.update(self._observation.line(interval.entry))
     line["peak_memory_gib"] = metrics_lib.peak_memory_gib()
     self._metrics.write(interval.step, line)
-    self._written, self._waited = now, 0.0
+    self._observation.check(interval.step)
+    self._written = now
 
   def _check_all(self, values: list[dict[str, np.ndarray]], interval: "_Interval") -> None:
     """Shows each step of an interval to `check` once: `flush` may have seen some of them."""
@@ -117,7 +113,7 @@ class _Interval:
   """Sums since the last log line."""
 
   def __init__(self):
-    self.step = 0
+    self.step = self.entry = 0
     self.values: list[Values] = []
     self.checked = 0  # of the values
     self.examples = self.tokens = 0

@@ -5,6 +5,7 @@ memory), over the steps since the line before. Not here: what is measured by the
 returns that) and plots.
 """
 
+import hashlib
 import json
 import os
 import resource
@@ -16,13 +17,23 @@ import tensorboardX
 from absl import logging
 from rich import console, progress
 
+from mgen_jax.errors import UserError
+
 FILE_NAME = "metrics.jsonl"
 
 
 class Metrics:
   """Writes the metrics of one stage. Only process 0 writes; the others may call all the same."""
 
-  def __init__(self, folder: str, stage: str, *, steps: int, start_step: int):
+  def __init__(
+    self,
+    folder: str,
+    stage: str,
+    *,
+    steps: int,
+    start_step: int,
+    wandb_project: str | None = None,
+  ):
     """Opens the writers.
 
     Args:
@@ -31,13 +42,19 @@ class Metrics:
       stage: name, for the display.
       steps: of the whole stage.
       start_step: steps done before.
+      wandb_project: Weights & Biases gets the same lines; None: it is not used.
+
+    Raises:
+      UserError: W&B is asked for and not installed.
     """
     self._stage = stage
     self._steps = steps
     self._active = jax.process_index() == 0
-    self._bar = None
+    self._bar = self._wandb = None
     if not self._active:
       return
+    if wandb_project is not None:
+      self._wandb = _start_wandb(folder, stage, wandb_project)
     self._path = os.path.join(folder, FILE_NAME)
     _keep_until(self._path, start_step)
     self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (`close` does)
@@ -79,6 +96,8 @@ class Metrics:
     for name, value in values.items():
       if isinstance(value, int | float) and not isinstance(value, bool):
         self._board.add_scalar(name, value, step)
+    if self._wandb is not None:
+      self._wandb.log(line)
     text = describe(values)
     if self._bar is not None:
       self._bar.update(self._bar_task, completed=step, line=text)
@@ -93,6 +112,8 @@ class Metrics:
       self._bar.stop()
     self._file.close()
     self._board.close()
+    if self._wandb is not None:
+      self._wandb.finish()
 
 
 def describe(values: dict[str, Any]) -> str:
@@ -105,6 +126,7 @@ def describe(values: dict[str, Any]) -> str:
     ("examples_per_second", "{:.1f} examples/s"),
     ("mfu", "MFU {:.1%}"),
     ("data_wait", "data wait {:.0%}"),
+    ("goodput", "goodput {:.0%}"),
     ("peak_memory_gib", "{:.1f} GiB"),
   ):
     if values.get(name) is not None:
@@ -129,6 +151,26 @@ def read(folder: str) -> list[dict[str, Any]]:
     return []
   with open(path, encoding="utf-8") as file:
     return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def _start_wandb(folder: str, stage: str, project: str) -> Any:
+  """A run of Weights & Biases that is the same one whenever this folder is trained on.
+
+  Steps are a metric of their own and not W&B's, which may not go back to a checkpoint. Offline is
+  W&B's own switch (WANDB_MODE=offline).
+  """
+  try:
+    import wandb
+  except ImportError as error:
+    raise UserError(
+      f"config.stages.{stage}.observe.wandb is {project!r}, but wandb is not installed: run "
+      'pip install -e ".[wandb]", or unset it.'
+    ) from error
+  identity = hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:16]
+  run = wandb.init(project=project, name=stage, id=identity, resume="allow", dir=folder)
+  run.define_metric("step")
+  run.define_metric("*", step_metric="step")
+  return run
 
 
 def _keep_until(path: str, step: int) -> None:

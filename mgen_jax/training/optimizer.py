@@ -1,9 +1,10 @@
-"""The optimizer of a stage: an optax chain from a config. Nothing in it is ours but the order."""
+"""The optimizer of a stage: optax chains from a config. Nothing in them is ours but the order."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 
@@ -17,7 +18,9 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     main = optax.cosine_decay_schedule(config.lr, after, alpha=config.end_factor)
   elif config.schedule == "linear":
     main = optax.linear_schedule(config.lr, config.lr * config.end_factor, after)
-  else:
+  elif config.schedule == "steps":
+    main = _at_steps(config)
+  else:  # that of "plateau" is lowered in the step, by what the state remembers
     main = optax.constant_schedule(config.lr)
   if not config.warmup_steps:
     return main
@@ -25,6 +28,17 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   first = config.lr / config.warmup_steps
   warmup = optax.linear_schedule(first, config.lr, config.warmup_steps - 1)
   return optax.join_schedules([warmup, main], [config.warmup_steps])
+
+
+def _at_steps(config: OptimizerConfig) -> optax.Schedule:
+  """A rate that changes at fixed steps; called with the steps after the warm-up."""
+  first_steps = jnp.asarray([step for step, _ in config.lr_steps])
+  rates = jnp.asarray([config.lr, *(rate for _, rate in config.lr_steps)], jnp.float32)
+
+  def schedule(step: Any) -> jax.Array:
+    return rates[jnp.searchsorted(first_steps, step + config.warmup_steps, side="right")]
+
+  return schedule
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -67,6 +81,7 @@ def make_optimizers(
   of_parts: Mapping[str, OptimizerConfig],
   untrained: Collection[str],
   steps: int,
+  frozen: Collection[str] = (),
 ) -> optax.GradientTransformation:
   """One transformation for parameters whose parts (top-level names) are optimized each their own
   way: clipping, moments and schedule apart.
@@ -76,16 +91,20 @@ def make_optimizers(
     of_parts: of those that are.
     untrained: parts that never change.
     steps: of the stage.
+    frozen: names of parameters that do not change either (`parameters.matching`).
   """
-  if not of_parts and not untrained:
+  if not of_parts and not untrained and not frozen:
     return make_optimizer(config, steps)
+  still = "/still"  # no name of a part: parts have no slash
   made = {name: make_optimizer(part, steps) for name, part in of_parts.items()}
-  made |= dict.fromkeys(untrained, optax.set_to_zero())
+  made |= dict.fromkeys((*untrained, still), optax.set_to_zero())
   rest = make_optimizer(config, steps)
 
   def labels(params: Any) -> Any:
     # By the first name on the way to a leaf; optax also asks about trees without any.
     def label(path: tuple, _: Any) -> str:
+      if jax.tree_util.keystr(path, simple=True, separator="/") in frozen:
+        return still
       return path[0].key if path[0].key in made else ""
 
     return jax.tree_util.tree_map_with_path(label, params)

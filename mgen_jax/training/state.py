@@ -4,6 +4,7 @@ No random key lives here: randomness is a function of (seed, stream name, step, 
 `stream_key` and `example_keys`.
 """
 
+import dataclasses
 import zlib
 from typing import Any
 
@@ -15,7 +16,7 @@ import optax
 
 from mgen_jax.parallel import rules
 from mgen_jax.tasks.base import Task
-from mgen_jax.training import guard
+from mgen_jax.training import guard, parameters, plateau
 
 
 @flax.struct.dataclass
@@ -25,8 +26,32 @@ class TrainState:
   step: jax.Array  # int32 []: steps done
   params: Any
   opt_state: Any
-  ema: Any  # exponential moving average of params
+  ema: Any  # exponential moving average of those params that are trained; None: there is none
   history: guard.History  # of the last good steps: what a bad one is told by
+  plateau: Any = None  # of a learning rate that follows the validation loss; see `plateau.py`
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+  """What a state holds besides parameters and moments."""
+
+  frozen: frozenset[str] = frozenset()  # names of parameters that no step changes: not averaged
+  ema: bool = True
+  plateau: bool = False
+
+  def averaged(self, params: Any) -> Any:
+    """The part of a tree of parameters that is averaged."""
+    return parameters.without(params, self.frozen) if self.ema else None
+
+
+PLAIN = Contents()  # everything is trained and averaged
+
+
+def averaged(state: TrainState) -> Any:
+  """The parameters to validate, sample and start from: averaged where there is an average."""
+  if state.ema is None:
+    return state.params
+  return parameters.unflatten(parameters.flatten(state.params) | parameters.flatten(state.ema))
 
 
 def stream_key(seed: int, stream: str, step: int | jax.Array) -> jax.Array:
@@ -60,25 +85,36 @@ def param_shardings(task: Task, mesh: jax.sharding.Mesh) -> Any:
   return rules.tree_shardings(mesh, jax.eval_shape(lambda: task.init(jax.random.key(0))))
 
 
-def create(task: Task, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+def create(
+  task: Task,
+  optimizer: optax.GradientTransformation,
+  key: jax.Array,
+  contents: Contents = PLAIN,
+) -> TrainState:
   """The state of step 0 (to be called inside `jit` or `eval_shape`)."""
   params = init_params(task, key)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=optimizer.init(params),
-    ema=jax.tree.map(jnp.copy, params),
+    ema=jax.tree.map(jnp.copy, contents.averaged(params)),
     history=guard.no_history(),
+    plateau=plateau.start() if contents.plateau else None,
   )
 
 
-def shapes(task: Task, optimizer: optax.GradientTransformation) -> TrainState:
+def shapes(
+  task: Task, optimizer: optax.GradientTransformation, contents: Contents = PLAIN
+) -> TrainState:
   """The state as shapes and dtypes; nothing is computed."""
-  return jax.eval_shape(lambda: create(task, optimizer, jax.random.key(0)))
+  return jax.eval_shape(lambda: create(task, optimizer, jax.random.key(0), contents))
 
 
 def shardings(
-  task: Task, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+  task: Task,
+  optimizer: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+  contents: Contents = PLAIN,
 ) -> TrainState:
   """The sharding of each leaf: moments and EMA lie where their parameter lies."""
   params = param_shardings(task, mesh)
@@ -93,7 +129,14 @@ def shardings(
     is_leaf=lambda leaf: isinstance(leaf, masked),
   )
   history = jax.tree.map(lambda _: whole, jax.eval_shape(guard.no_history))
-  return TrainState(step=whole, params=params, opt_state=opt_state, ema=params, history=history)
+  return TrainState(
+    step=whole,
+    params=params,
+    opt_state=opt_state,
+    ema=contents.averaged(params),
+    history=history,
+    plateau=jax.tree.map(lambda _: whole, plateau.start()) if contents.plateau else None,
+  )
 
 
 def with_layout(shapes: Any, layout: Any) -> Any:
@@ -109,6 +152,7 @@ def initialise(
   layout: TrainState,
   seed: int,
   params: Any | None = None,
+  contents: Contents = PLAIN,
 ) -> TrainState:
   """The state of step 0 on the devices.
 
@@ -118,9 +162,10 @@ def initialise(
     layout: from `shardings`.
     seed: of the run.
     params: start from these parameters (already on the devices) and not from random ones.
+    contents: what else the state holds; that of `layout`.
   """
-  make = jax.jit(lambda: create(task, optimizer, stream_key(seed, "init", 0)), out_shardings=layout)
-  state = make()
+  key = stream_key(seed, "init", 0)
+  state = jax.jit(lambda: create(task, optimizer, key, contents), out_shardings=layout)()
   if params is not None:
-    state = state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
+    state = state.replace(params=params, ema=jax.tree.map(jnp.copy, contents.averaged(params)))
   return state

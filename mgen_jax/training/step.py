@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import optax
 from absl import logging
 
+from mgen_jax.config import TrainStage
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.parallel import rules
 from mgen_jax.tasks.base import Task, complete
-from mgen_jax.training import guard
+from mgen_jax.training import guard, parameters
 from mgen_jax.training import state as state_lib
 from mgen_jax.training.outline import outline
 from mgen_jax.training.state import TrainState
@@ -74,6 +75,16 @@ def loss_and_gradients(
   return jax.tree.map(lambda x: x / accumulate, total)
 
 
+def ema_decay(config: TrainStage) -> Callable[[jax.Array], jax.Array]:
+  """Step -> decay of the moving average of a stage; see `TrainStage.ema`."""
+  if config.ema == "constant":
+    return lambda step: jnp.full_like(step, config.ema_decay)
+  if config.ema == "power":
+    # (1 - 1/n)^(1 + gamma) with n = step + 1: at the first step the average is the parameters.
+    return lambda step: (step / (step + 1)) ** (1 + config.ema_gamma)
+  return lambda step: jnp.minimum(config.ema_decay, (1 + step) / (10 + step))
+
+
 def make_train_step(
   task: Task,
   optimizer: optax.GradientTransformation,
@@ -82,7 +93,8 @@ def make_train_step(
   *,
   seed: int,
   passes: Callable[[int], int],
-  ema_decay: float,
+  ema_decay: Callable[[jax.Array], jax.Array],
+  contents: state_lib.Contents = state_lib.PLAIN,
   spike: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """The step; the state is donated. Compiled once for each bucket by `compile_for`.
@@ -97,7 +109,8 @@ def make_train_step(
     layout: shardings of the state.
     seed: of the run; the stream "train" of it is used.
     passes: number of passes over equal parts of a batch, by its number of examples.
-    ema_decay: of the parameters; it is warmed up as (1 + step) / (10 + step).
+    ema_decay: of the parameters' moving average, by step (`ema_decay`).
+    contents: of the state.
     spike: robust standard deviations above the running median that make one (`guard.judge`).
 
   Returns:
@@ -108,10 +121,13 @@ def make_train_step(
   def update(state: TrainState, loss: jax.Array, gradients: Any):
     norm = optax.tree.norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    if contents.plateau:  # every update is the learning rate times something: so this scales it
+      updates = jax.tree.map(lambda update: update * state.plateau.factor, updates)
     params = optax.apply_updates(state.params, updates)
-    count = state.step.astype(jnp.float32)
-    decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
-    ema = optax.incremental_update(params, state.ema, 1 - decay)
+    ema = state.ema
+    if contents.ema:
+      decay = ema_decay(state.step.astype(jnp.float32))
+      ema = optax.incremental_update(contents.averaged(params), state.ema, 1 - decay)
 
     verdict, history = guard.judge(state.history, loss, norm, spike)
     good = verdict == guard.GOOD
@@ -120,21 +136,26 @@ def make_train_step(
     kept = jax.tree.map(lambda a, b: jax.lax.select(good, a, b), new, old)
     return norm, verdict, (*kept, history)
 
+  def held_objective(step: jax.Array, frozen: Any) -> Callable[..., Any]:
+    inner = objective(task, step, frozen)
+    return lambda params, *inputs: inner(parameters.held(params, contents.frozen), *inputs)
+
   def train_step(state: TrainState, batch: Batch, frozen: Any = None):
     examples = jax.tree.leaves(batch)[0].shape[0]
     keys = state_lib.example_keys(seed, "train", state.step, examples)
     loss, metrics, gradients = loss_and_gradients(
-      objective(task, state.step, frozen), state.params, batch, keys, passes(examples)
+      held_objective(state.step, frozen), state.params, batch, keys, passes(examples)
     )
     norm, verdict, changed = outline(update)(state, loss, gradients)
+    lr = jnp.asarray(schedule(state.step), jnp.float32)
     metrics = {
       **metrics,
       "loss": loss,
       "grad_norm": norm,
-      "lr": jnp.asarray(schedule(state.step), jnp.float32),
+      "lr": lr * state.plateau.factor if contents.plateau else lr,
       "verdict": verdict,
     }
-    return TrainState(state.step + 1, *changed), metrics
+    return TrainState(state.step + 1, *changed, state.plateau), metrics
 
   mesh = layout.step.mesh
   return jax.jit(train_step, donate_argnums=0, out_shardings=(layout, rules.replicated(mesh)))
@@ -143,10 +164,10 @@ def make_train_step(
 def compile_for(
   train_step: Callable[..., Any],
   state: TrainState,
-  batches: Mapping[Bucket, Mapping[str, jax.ShapeDtypeStruct]],
+  batches: Mapping[tuple[Bucket, int], Mapping[str, jax.ShapeDtypeStruct]],
   frozen: Any = None,
-) -> dict[Bucket, Callable[..., tuple[TrainState, dict[str, jax.Array]]]]:
-  """Compiles the step for every bucket before the first one runs, side by side.
+) -> dict[tuple[Bucket, int], Callable[..., tuple[TrainState, dict[str, jax.Array]]]]:
+  """Compiles the step for every bucket and size of batch before the first one runs, side by side.
 
   So a rare bucket cannot stall a run in the middle, nothing can compile twice, and a program that
   does not fit the memory fails at once.
@@ -154,11 +175,11 @@ def compile_for(
   Args:
     train_step: from `make_train_step`.
     state: shapes, dtypes and shardings.
-    batches: likewise, of each bucket.
+    batches: likewise, of each bucket and number of examples.
     frozen: likewise, of the parameters that no step changes; None: the step takes none.
 
   Returns:
-    The compiled step of each bucket.
+    The compiled step of each.
   """
   began = time.perf_counter()
   # Tracing holds Python's lock and depends on the mesh in use; only XLA's part runs side by side.
@@ -167,16 +188,5 @@ def compile_for(
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     compiled = dict(zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True))
   seconds = time.perf_counter() - began
-  logging.info("compiled the step for %d buckets in %.1f s", len(compiled), seconds)
+  logging.info("compiled the step for %d shapes of batches in %.1f s", len(compiled), seconds)
   return compiled
-
-
-def make_validation(task: Task, *, seed: int) -> Callable[..., jax.Array]:
-  """loss(params, batch, index[, frozen]) with noise that depends on the batch's index only."""
-
-  def validation(params, batch, index, frozen=None):
-    examples = jax.tree.leaves(batch)[0].shape[0]
-    keys = state_lib.example_keys(seed, "validation", index, examples)
-    return task.loss(params, complete(task, frozen, batch), keys)[0]
-
-  return jax.jit(validation)

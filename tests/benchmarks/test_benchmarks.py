@@ -4,12 +4,25 @@ What can be told without a clock is: both sides do the same step, a scan keeps a
 warm start compiles nothing, and memory is what a plan promises.
 """
 
+import dataclasses
 import json
 import sys
 
+import jax
 import pytest
 
-from benchmarks import common, compilation_cache, first_step, memory, transformer_step
+from benchmarks import (
+  common,
+  compilation_cache,
+  first_step,
+  loop_overhead,
+  memory,
+  t5_encoder,
+  transformer_step,
+)
+from mgen_jax.encoders import sizes
+from mgen_jax.parallel import mesh as mesh_lib
+from tests.training import toy
 
 SMALL = ["--tokens=16,32", "--batch=1", "--layers=1", "--width=24", "--heads=2", "--mlp_width=32"]
 
@@ -43,6 +56,21 @@ def test_sides_that_differ_are_no_comparison(monkeypatch):
   monkeypatch.setattr(transformer_step, "torch_step", lambda *_, **__: lambda: 9.9)
   with pytest.raises(SystemExit, match="not the same step"):
     transformer_step.main([*SMALL, "--eager", "--rounds=1"])
+
+
+def test_encoders_are_compared_on_the_same_features(tmp_path, monkeypatch):
+  pytest.importorskip("transformers", reason="needs transformers, of the extra test")
+  base = sizes.SIZES["t5-base"].config
+  small = dataclasses.replace(base, vocab=99, width=24, heads=2, head_dim=8)
+  monkeypatch.setitem(sizes.SIZES, "t5-base", sizes.Size("t5", small))
+  flags = ["--layers=2", "--batch=2", "--length=16", "--rounds=1", "--threads=1"]
+  record = t5_encoder.main([*flags, f"--out={tmp_path}/a.json"])
+  assert json.loads((tmp_path / "a.json").read_text()) == record
+  assert [row["side"] for row in record["rows"]] == ["jax", "onednn", "torch"]
+  assert all(row["max_abs_error"] <= 1e-5 for row in record["rows"])
+  monkeypatch.setattr(t5_encoder, "LIMIT", -1.0)
+  with pytest.raises(SystemExit, match="not the same encoder"):
+    t5_encoder.main(flags)
 
 
 @pytest.mark.parametrize(("tokens", "grid"), [(16, (1, 4, 4)), (256, (4, 8, 8)), (4096, (16,) * 3)])
@@ -80,3 +108,26 @@ def test_a_step_takes_the_memory_that_its_plan_says():
   (row,) = record["rows"]
   assert row["planned_mib"] > 300  # large against what else a process takes
   assert 0.8 < row["ratio"] < 1.25
+
+
+def test_the_loop_and_the_bare_step_take_the_same_steps(monkeypatch):
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1])
+  stage = loop_overhead.Stage(toy.ToyTask(), toy.stage(), toy.stream(), mesh)
+  orders = []
+  monkeypatch.setattr(
+    loop_overhead,
+    "bare_steps",
+    lambda stage, make=loop_overhead.bare_steps: _noting(make(stage), orders),
+  )
+  (row,) = loop_overhead.rounds_of(stage, 6, 2, 1)
+  assert all(row[name] > 0 for name in ("bare", "silent", "logging", "saving"))
+  # After four steps that are not timed, what the data of the toy has.
+  assert orders == [[toy.BUCKETS[step % 2] for step in range(4, 10)]] * 3
+
+
+def _noting(run, orders):
+  def noted(order):
+    orders.append(list(order))
+    return run(order)
+
+  return noted

@@ -62,6 +62,23 @@ CASES = {
     {**CLIP_VISION, "hidden_act": "quick_gelu"},
   ),
   "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA),
+  # Of its pairs some are slowed, some are not, and some lie between.
+  "llama3.1": (
+    "LlamaForCausalLM",
+    "LlamaConfig",
+    {
+      **LLAMA,
+      "hidden_size": 64,
+      "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 10_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+      },
+    },
+  ),
   "llama_tied": ("LlamaForCausalLM", "LlamaConfig", {**LLAMA, "tie_word_embeddings": True}),
 }
 

@@ -201,6 +201,8 @@ def test_a_dtype_that_is_not_a_float_is_refused(tmp_path):
   )
   with pytest.raises(UserError, match=r"shared\.weight has dtype I8 .* unquantised"):
     run(f"--source={folder}", f"--out={tmp_path / 'ours'}")
+  with pytest.raises(UserError, match=r"shared\.weight has dtype I8"):
+    encoders.load("any", folder)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import pytest
 from flax import linen as nn
 
 from mgen_jax.encoders import families, sizes
-from mgen_jax.errors import ConfigError
+from mgen_jax.errors import ConfigError, UserError
 from mgen_jax.models import clip, t5
+from mgen_jax.models.llama import LlamaConfig
 from tests.encoders import toys
 
 # Parameters: whole numbers where the public model's are known to the last one, else millions.
@@ -30,6 +31,8 @@ COUNTS = {
   "metaclip-h-vision": 631e6,
   "llama3-8b": 8_030_261_248,
   "llama3-70b": 70_553_706_496,
+  "llama3.1-8b": 8_030_261_248,
+  "llama3.1-70b": 70_553_706_496,
 }
 
 
@@ -58,11 +61,25 @@ def test_every_named_encoder_has_a_rule_for_every_parameter():
 
 
 def test_a_config_survives_the_public_form():
-  for name in ("ul2", "t5-base", "umt5-xxl", "metaclip-h-text", "metaclip-h-vision", "llama3-8b"):
+  for name in ("ul2", "t5-base", "umt5-xxl", "metaclip-h-text", "metaclip-h-vision", "llama3-8b",
+               "llama3.1-8b"):  # fmt: skip
     size = sizes.named(name)
     family = families.FAMILIES[size.family]
     names = {rule.source for rule in family.rules(size.config)}
     assert family.from_hf(family.to_hf(size.config), names) == size.config
+
+
+def test_rotary_positions_of_other_kinds_are_refused():
+  family = families.FAMILIES["llama"]
+  hf = family.to_hf(sizes.named("llama3.1-8b").config)
+  hf["rope_scaling"]["rope_type"] = "yarn"
+  with pytest.raises(UserError, match="rotary positions of type 'yarn'"):
+    family.from_hf(hf, ())
+  hf["rope_scaling"] = {"rope_type": "llama3", "factor": 8.0}
+  with pytest.raises(UserError, match="without low_freq_factor, high_freq_factor, original_max"):
+    family.from_hf(hf, ())
+  with pytest.raises(ConfigError, match="rope_low is less than rope_high"):
+    LlamaConfig(rope_factor=8.0, rope_low=4.0)
 
 
 def test_an_unknown_name_is_refused():

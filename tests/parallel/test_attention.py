@@ -263,8 +263,8 @@ def test_blockwise_slices_stay_below_their_limit():
 @pytest.mark.parametrize(
   ("options", "heads", "kv_heads", "message"),
   [
-    ({"context_parallel": "rings"}, 4, 4, "did you mean 'ring'"),
-    ({"kernel": "flash"}, 4, 4, "did you mean 'splash'"),
+    ({"context_parallel": "rings"}, 4, 4, 'did you mean "ring"'),
+    ({"kernel": "flash"}, 4, 4, 'did you mean "splash"'),
     ({}, 6, 4, "6 attention heads do not share 4 key-value heads evenly: use 3 key"),
     ({}, 5, 5, "5 attention heads do not divide over tensor=2 of the mesh: set tensor to 1"),
     ({"context_parallel": "ulysses"}, 6, 6, "tensor=2 x context=4.*set context to 3"),

@@ -106,7 +106,7 @@ def _train(task, optimizers, batches, steps, accumulate=1):
       layout,
       seed=0,
       passes=lambda examples: accumulate,
-      ema_decay=0.9,
+      ema_decay=lambda step: 0.9,
     )
     state = state_lib.initialise(task, made, layout, seed=0)
     first, lines = jax.device_get(state.params), []

@@ -273,3 +273,19 @@ def test_costs_grow_with_the_images_beside_a_clip():
   assert joint.tokens(CLIP) == alone.tokens(CLIP) * 6 // 4
   assert joint.tokens(IMAGE) == alone.tokens(IMAGE) == 4
   assert joint.flops(CLIP) > alone.flops(CLIP) and joint.flops(IMAGE) == alone.flops(IMAGE)
+
+
+def test_the_curve_over_the_times_sums_up_to_the_training_loss():
+  task = tasks.make(_config(condition_dropout=0.0))
+  params, rows, bins = _params(task), 256, 8
+  batch = {name: np.tile(x, (rows // 2, *[1] * (x.ndim - 1))) for name, x in _batch(task).items()}
+  keys = jax.random.split(jax.random.key(1), rows)
+  times, shares = task.time_bins(bins)
+  at = jnp.asarray(times)[jnp.arange(rows) % bins]
+  losses = jax.jit(task.losses_at)(params, batch, keys, at)
+  assert losses.shape == (rows,)
+  curve = np.asarray(losses).reshape(-1, bins).mean(0)
+  assert np.ptp(curve) > 0.01
+  # The bound of the variance is steep near the data, so that few times say less of the mean.
+  drawn = jax.jit(lambda *inputs: task.loss(*inputs)[0])(params, batch, keys)
+  assert float((curve * shares).sum()) == pytest.approx(float(drawn), rel=0.25)

@@ -16,7 +16,7 @@ from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel.mesh import MeshConfig
 from mgen_jax.tasks import text_inputs
 from mgen_jax.tasks.text_to_video import SamplerConfig, TextToVideoConfig
-from mgen_jax.training import runner
+from mgen_jax.training import runner, start
 from mgen_jax.training import state as state_lib
 from mgen_jax.workdir import Workdir
 from tests import tiny, untrained
@@ -205,7 +205,7 @@ def test_a_stage_starts_from_one_with_fewer_positions(tmp_path, growth):
   with mesh_lib.use(mesh):
     layout = state_lib.param_shardings(task, mesh)
     shapes = state_lib.param_shapes(task)
-    made = runner._load_origin(work, "t2v", task, mesh, untrained.LATENTS, shapes, layout)
+    made = start.load_origin(work, "t2v", task, mesh, untrained.LATENTS, shapes, layout)
     _, old, _ = runner.load_trained(work, "t2i", mesh)
   assert jax.tree.map(lambda x: x.sharding, made) == layout
   table, small = made["backbone"]["position_width"], old["backbone"]["position_width"]
@@ -218,6 +218,81 @@ def test_a_stage_starts_from_one_with_fewer_positions(tmp_path, growth):
     made["backbone"]["position_frames"][:1], old["backbone"]["position_frames"]
   )
   np.testing.assert_array_equal(made["text"]["embedding"], old["text"]["embedding"])
+
+
+def test_a_start_reports_what_it_changes_tensor_by_tensor(caplog):
+  stages = config_lib.resolve(tiny.get_config()).stages
+  small, large = (tasks.make(stages[name].task) for name in ("t2i", "t2v"))
+  found, fitted = state_lib.param_shapes(small), state_lib.param_shapes(large)
+  del found["backbone"]["position_height"]
+  found["old"] = {"kernel": jax.ShapeDtypeStruct((3, 5), "float32")}
+  with caplog.at_level("INFO"):
+    lines = start.report("t2v", found, fitted)
+  assert lines == [
+    "changed  backbone/position_frames (1, 32) -> (2, 32)",
+    "added    backbone/position_height (2, 32)",
+    "changed  backbone/position_width (2, 32) -> (3, 32)",
+    "dropped  old/kernel (3, 5)",
+  ]
+  assert all(line in caplog.text for line in lines)
+
+
+def test_new_input_channels_say_nothing_at_the_start():
+  """Of a model that reads conditions beside its latents: whatever they are, it is the old model."""
+  made = config_lib.resolve(tiny.get_config()).stages["t2v"].task
+  wide = dataclasses.replace(made, model=dataclasses.replace(made.model, in_channels=7))
+  wide.check_origin(made, "config.stages.edit")
+  with pytest.raises(ConfigError, match="in_channels is 4, and 7"):
+    made.check_origin(wide, "config.stages.edit")
+  old, new = tasks.make(made), tasks.make(wide)
+  params = state_lib.init_params(old, jax.random.key(0))
+  random = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)
+  grown = new.adapt(random, state_lib.init_params(new, jax.random.key(2)))
+  assert grown["backbone"]["patch_in"]["kernel"].shape[0] == 28
+  x = jax.random.normal(jax.random.key(3), (2, 2, 4, 4, 7))
+  t, text = jnp.asarray([0.2, 0.7]), {"tokens": jnp.asarray(old.tokenize(["a", "red b"]))}
+  wanted = old.velocity(random, x[..., :4], t, text)
+  assert float(jnp.abs(wanted).max()) > 0.1
+  np.testing.assert_allclose(new.velocity(grown, x, t, text), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_table_of_positions_is_added_where_there_was_none():
+  task = tasks.make(config_lib.resolve(tiny.get_config()).stages["t2v"].task)
+  fresh = state_lib.init_params(task, jax.random.key(0))
+  old = {**fresh, "backbone": dict(fresh["backbone"])}
+  del old["backbone"]["position_frames"]
+  made = task.adapt(old, fresh)
+  assert jax.tree.structure(made) == jax.tree.structure(fresh)
+  table = made["backbone"]["position_frames"]
+  np.testing.assert_array_equal(table, fresh["backbone"]["position_frames"])
+
+
+@pytest.mark.parametrize("objective", ["flow_matching", "v_prediction"])
+def test_the_curve_over_the_times_sums_up_to_the_training_loss(objective):
+  made = config_lib.resolve(tiny.get_config()).stages["t2v"].task
+  sampler = dataclasses.replace(
+    made.sampler, method="ddim" if objective == "v_prediction" else "euler"
+  )
+  made = dataclasses.replace(
+    made, objective=objective, caption_dropout=0.0, time_mean=-0.5, sampler=sampler
+  )
+  task = tasks.make(made)
+  params = state_lib.init_params(task, jax.random.key(0))
+  count, bins = 512, 16
+  keys = jax.random.split(jax.random.key(1), count)
+  batch = {
+    "latents": jax.random.normal(jax.random.key(2), (count, 1, 2, 2, 4)) * 0.3 + 0.5,
+    "tokens": jnp.tile(jnp.asarray(task.tokenize(["red"])), (count, 1)),
+  }
+  times, shares = task.time_bins(bins)
+  assert shares.sum() == pytest.approx(1) and (np.diff(times) > 0).all()
+  losses = task.losses_at(params, batch, keys, jnp.asarray(times)[jnp.arange(count) % bins])
+  curve = np.asarray(losses).reshape(-1, bins).mean(0)
+  assert np.ptp(curve) > 0.1  # it does depend on the time
+  drawn = float(task.loss(params, batch, keys)[0])
+  assert float((curve * shares).sum()) == pytest.approx(drawn, rel=0.04)
+  again = task.losses_at(params, batch, keys, jnp.asarray(times)[jnp.arange(count) % bins])
+  np.testing.assert_array_equal(losses, again)
 
 
 @pytest.mark.parametrize(

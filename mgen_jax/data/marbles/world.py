@@ -5,7 +5,6 @@ are at each frame follows from it in `physics.py`, the pictures in `render.py`.
 """
 
 import dataclasses
-import difflib
 import functools
 import itertools
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from mgen_jax.errors import ConfigError
+from mgen_jax.errors import ConfigError, suggest
 
 # sRGB. All are saturated and all backgrounds are not, so that a hue tells object and colour.
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -110,9 +109,7 @@ class WorldConfig:
         raise ConfigError(f"{field} is {chosen}: give at least one word, each once.")
       for word in chosen:
         if word not in words:
-          near = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
-          hint = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(words)}."
-          raise ConfigError(f'{field} has "{word}": {hint}')
+          raise ConfigError(f'{field} has "{word}": {suggest(str(word), words)}')
     if self.split not in ("all", "train", "held_out"):
       raise ConfigError(f'split is "{self.split}": use "all", "train" or "held_out".')
     if not 1 <= self.min_objects <= self.max_objects <= max(_CROWD_SCALE):

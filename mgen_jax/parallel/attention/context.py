@@ -11,7 +11,6 @@ Every function here runs inside a shard_map over the whole mesh and has one inte
 and returns [b, n, h, d]. Not here: kernels (`kernels.py`), padding and checks (`__init__.py`).
 """
 
-import difflib
 import functools
 import math
 
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mgen_jax.errors import ConfigError
+from mgen_jax.errors import ConfigError, suggest
 from mgen_jax.parallel.attention import kernels
 
 AXIS = "context"
@@ -150,7 +149,5 @@ METHODS = {None: local, "all_gather": all_gather, "ring": ring, "ulysses": ulyss
 def check(method: str | None) -> None:
   """Raises ConfigError for a method that does not exist."""
   if method not in METHODS:
-    near = difflib.get_close_matches(str(method), filter(None, METHODS), n=1, cutoff=0.0)
-    raise ConfigError(
-      f"context_parallel={method!r} is no method of context parallelism: did you mean {near[0]!r}?"
-    )
+    hint = suggest(str(method), filter(None, METHODS))
+    raise ConfigError(f"context_parallel={method!r} is no method of context parallelism: {hint}")

@@ -4,14 +4,13 @@ Not here: anything that crosses devices (`context.py`).
 """
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from mgen_jax.errors import ConfigError
+from mgen_jax.errors import ConfigError, suggest
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel.attention import blockwise, splash
 
@@ -55,8 +54,7 @@ class Pieces:
 def check(kernel: str | None) -> None:
   """Raises ConfigError for a kernel that does not exist."""
   if kernel is not None and kernel not in KERNELS:
-    near = difflib.get_close_matches(str(kernel), KERNELS, n=1, cutoff=0.0)
-    raise ConfigError(f"kernel={kernel!r} is no attention kernel: did you mean {near[0]!r}?")
+    raise ConfigError(f"kernel={kernel!r} is no attention kernel: {suggest(str(kernel), KERNELS)}")
 
 
 def choose(q: Array, k: Array) -> str:

@@ -1,0 +1,287 @@
+"""Makes one model of the averaged parameters of several: the average stage, and a command.
+
+  python -m mgen_jax.average --workdir=runs/mine --of=sft_a,sft_b,sft_c
+  python -m mgen_jax.average --workdir=runs/mine --of=sft_a,runs/other/sft --weights=2,1
+  python -m mgen_jax.average --workdir=runs/mine --of=sft@2000,sft@2500 --name=two_steps
+  python -m mgen_jax.average --workdir=runs/mine --of=sft_a,sft_b --method=greedy --validation=sft_a
+
+--of names stages of the run, or with a slash folders of stages of other runs; @STEP picks a
+checkpoint, the newest by default. The result is a stage of the run: sample, evaluate and train
+(`init_from`) take it by its --name. What has adapters (LoRA) is averaged as it is sampled, merged:
+an average of one is how adapters are merged for good.
+
+Checkpoints are read tensor by tensor: besides the result, one tensor of one of them is in memory
+(of a model with adapters, all of it; the greedy method holds two models).
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags, logging
+
+from mgen_jax import cli, schema, tasks
+from mgen_jax import config as config_lib
+from mgen_jax.config import AverageStage
+from mgen_jax.data import files
+from mgen_jax.errors import UserError
+from mgen_jax.parallel import mesh as mesh_lib
+from mgen_jax.tasks.base import Task, frozen_shapes
+from mgen_jax.training import inputs, loop, lora, parameters, start, validation
+from mgen_jax.training import state as state_lib
+from mgen_jax.training.checkpoint import Checkpoints
+from mgen_jax.workdir import CONFIG_NAME, Workdir
+
+STEP = 0  # of the one checkpoint of an average
+
+
+class Model(NamedTuple):
+  """One of those to be averaged."""
+
+  name: str  # as it was asked for
+  folder: Path
+  step: int | None  # None: the newest
+  task: Task  # with its adapters
+  meta: dict[str, Any]
+
+
+def run(work: Workdir, name: str) -> None:
+  """Runs the average stage `name`.
+
+  Raises:
+    UserError: a model is missing, damaged, or not of the same shape and latents as the others.
+  """
+  began = time.perf_counter()
+  stage = work.experiment.stages[name]
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig())
+  task = tasks.make(stage.task)
+  models = [_open(work, entry) for entry in stage.of]
+  _check(name, task, models)
+  with mesh_lib.use(mesh):
+    if stage.method == "greedy":
+      params, shares, losses = _greedy(work, stage, task, models, mesh)
+    else:
+      weights = stage.weights or (1.0,) * len(models)
+      shares = [weight / sum(weights) for weight in weights]
+      params, losses = _weighted(task, models, shares, mesh), None
+    made_of = dict(zip(stage.of, (round(share, 6) for share in shares), strict=True))
+    logging.info("stage %s is %s", name, made_of)
+    meta = {
+      **models[0].meta,
+      "experiment": work.experiment.name,
+      "stage": name,
+      "task": schema.to_plain(stage.task),
+      "lora": {},
+      "buckets": list(dict.fromkeys(bucket for m in models for bucket in m.meta["buckets"])),
+      "average": made_of,
+    }
+    with Checkpoints(str(work.folder(name) / "checkpoints"), keep=1) as checkpoints:
+      checkpoints.save(STEP, {"ema": params}, {}, meta)
+  facts = {} if losses is None else {"validation_loss": losses}
+  work.finish(name, time.perf_counter() - began, average=made_of, **facts)
+
+
+def _open(work: Workdir, entry: str) -> Model:
+  path, _, step = entry.partition("@")
+  if step and not step.isdecimal():
+    raise UserError(f'"{entry}" cannot be averaged: after @ stands the step of a checkpoint.')
+  folder = Path(path) if "/" in path else work.folder(path)
+  number = int(step) if step else None
+  with Checkpoints(str(folder / "checkpoints"), read_only=True) as checkpoints:
+    meta = checkpoints.read_meta(number)
+    checkpoints.verify(number)  # once, and not for each of its tensors
+  return Model(entry, folder, number, start.model_of(meta), meta)
+
+
+def _check(name: str, task: Task, models: Sequence[Model]) -> None:
+  """Refuses models that are not one and the same network on the same latents."""
+  wanted = parameters.flatten(state_lib.param_shapes(task))
+  for model in models:
+    own = model.task.task if isinstance(model.task, lora.LoraTask) else model.task
+    found = parameters.flatten(state_lib.param_shapes(own))
+    differ = sorted(
+      tensor
+      for tensor in wanted.keys() | found.keys()
+      if tensor not in found or tensor not in wanted or found[tensor].shape != wanted[tensor].shape
+    )
+    if differ or own.config.name != task.config.name:
+      raise UserError(
+        f"stage {name} cannot average {model.name}: its model is another one"
+        f"{' (' + differ[0] + ' differs)' if differ else ''}; name models of one task.model."
+      )
+    before, latents = models[0].meta["latents"], model.meta["latents"]
+    if (before is None) != (latents is None):
+      raise UserError(f"stage {name} cannot average {model.name}: it has learned other inputs.")
+    if before is not None:
+      inputs.check_autoencoder(latents, before, f"what {model.name} has learned")
+      if any(before[key] != latents[key] for key in ("mean", "std")):
+        raise UserError(
+          f"stage {name} cannot average {model.name} with {models[0].name}: their latents are "
+          "normalised in two ways; start both from one model, whose way they then keep."
+        )
+
+
+def _weighted(
+  task: Task, models: Sequence[Model], shares: Sequence[float], mesh: jax.sharding.Mesh
+) -> Any:
+  """sum of share x parameters, tensor by tensor, in fp32 on the mesh."""
+  shapes = state_lib.param_shapes(task)
+  wanted = parameters.flatten(state_lib.with_layout(shapes, state_lib.param_shardings(task, mesh)))
+  made = {}
+  with contextlib.ExitStack() as stack:
+    readers = [_reader(model, mesh, stack) for model in models]
+    for tensor, leaf in wanted.items():
+      # first + sum of share x (each - first): models that agree are their own average, to the bit.
+      first = mean = readers[0](tensor, leaf)
+      for reader, share in zip(readers[1:], shares[1:], strict=True):
+        mean = mean + share * (reader(tensor, leaf) - first)
+      made[tensor] = mean
+  return parameters.unflatten(made)
+
+
+def _reader(
+  model: Model, mesh: jax.sharding.Mesh, stack: contextlib.ExitStack
+) -> Callable[[str, jax.ShapeDtypeStruct], jax.Array]:
+  """A function of a tensor's name, and its shape and place, to the tensor."""
+  if isinstance(model.task, lora.LoraTask):
+    flat = parameters.flatten(start.read(model.folder, mesh, step=model.step)[1])
+    return lambda tensor, leaf: flat[tensor]
+  folder = str(model.folder / "checkpoints")
+  checkpoints = stack.enter_context(Checkpoints(folder, read_only=True))
+  return lambda tensor, leaf: checkpoints.restore_tensors({tensor: leaf}, model.step)[tensor]
+
+
+def _greedy(
+  work: Workdir,
+  stage: AverageStage,
+  task: Task,
+  models: Sequence[Model],
+  mesh: jax.sharding.Mesh,
+) -> tuple[Any, list[float], dict[str, float]]:
+  """The greedy soup: its parameters, the share of each model, and the losses that decided."""
+  judge = work.experiment.stages[stage.validation]
+  origin = start.origin_latents(work, judge)
+  stream, latents = inputs.make_stream(work, stage.validation, task, origin)
+  learned = models[0].meta["latents"]
+  if latents is not None and any(latents[key] != learned[key] for key in ("mean", "std")):
+    raise UserError(
+      f"the latents of stage {stage.validation} are normalised in another way than {stage.of[0]} "
+      "has learned: name a train stage of the same start as validation."
+    )
+  frozen = () if frozen_shapes(task, None) is None else (task.load_frozen(mesh),)
+  validate = validation.Validator(task, mesh, seed=work.experiment.seed, bins=judge.validate_bins)
+  put = loop.putter(task, stream, mesh)
+
+  def loss(params: Any) -> float:
+    return validate(params, stream.validation(), put, *frozen)[validation.LOSS]
+
+  def load(model: Model) -> Any:
+    return _weighted(task, [model], [1.0], mesh)
+
+  by_name = {model.name: model for model in models}
+  made, taken, losses = greedy(list(by_name), lambda name: load(by_name[name]), loss)
+  return made, [(m.name in taken) / len(taken) for m in models], losses
+
+
+def greedy(
+  names: Sequence[str], load: Callable[[str], Any], loss: Callable[[Any], float]
+) -> tuple[Any, list[str], dict[str, float]]:
+  """The greedy soup (Wortsman et al., 2022, recipe 1).
+
+  Args:
+    names: of models.
+    load: a name -> its parameters.
+    loss: of parameters, on held-out data.
+
+  Returns:
+    The average, the names it is made of, and the loss of each model and of the "average".
+
+  Raises:
+    UserError: not one of the losses is finite.
+  """
+  losses = {}
+  for name in names:
+    losses[name] = loss(load(name))
+    logging.info("%s: loss on held-out data %.5f", name, losses[name])
+  order = sorted((n for n in names if math.isfinite(losses[n])), key=losses.__getitem__)
+  if not order:
+    raise UserError(f"no model of {', '.join(names)} has a loss that is finite.")
+  taken, made, best = order[:1], load(order[0]), losses[order[0]]
+  for name in order[1:]:
+    share = 1 / (len(taken) + 1)
+    tried = jax.tree.map(lambda a, b, s=share: a + s * (b - a), made, load(name))
+    found = loss(tried)
+    good = found <= best
+    logging.info("with %s: %.5f, so it is %s", name, found, "taken" if good else "left out")
+    if good:
+      made, best = tried, found
+      taken.append(name)
+  return made, taken, {**losses, "average": best}
+
+
+# --------------------------------------------------------------------------------------------------
+# The command.
+
+
+def define_flags(values: flags.FlagValues) -> None:
+  """The flags of this command (not at import: other commands have flags of the same names)."""
+  to = {"flag_values": values}
+  flags.DEFINE_string("workdir", None, "Folder of the run that gets the average.", **to)
+  flags.DEFINE_list("of", [], "Stages of it, or folders of stages; @STEP for a checkpoint.", **to)
+  flags.DEFINE_list("weights", [], "Of each; default: all the same.", **to)
+  flags.DEFINE_string("name", "average", "Of the stage that is made.", **to)
+  flags.DEFINE_enum("method", "weighted", ["weighted", "greedy"], "How (docs/recipes.md).", **to)
+  flags.DEFINE_string("validation", None, "Greedy: the train stage of the held-out data.", **to)
+
+
+def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
+  """Adds an average stage to a run, and runs it."""
+  del argv
+  if values.workdir is None or not values.of:
+    raise UserError("--workdir and --of are needed: see --help.")
+  work = Workdir.open(values.workdir)
+  experiment = work.experiment
+  if values.name in experiment.stages and experiment.stages[values.name].kind != "average":
+    raise UserError(f"--name={values.name} is a stage of {work.root}: choose another name.")
+  stage = _stage_of(values, work)
+  recipe = (*(name for name in experiment.recipe if name != values.name), values.name)
+  stages = {**experiment.stages, values.name: stage}
+  made = dataclasses.replace(experiment, recipe=recipe, stages=stages)
+  work = Workdir(work.root, config_lib.resolve(schema.to_plain(made)))
+  if work.is_done(values.name):
+    logging.info("it is done already")
+  else:
+    work.start(values.name)
+    run(work, values.name)
+  if jax.process_index() == 0:
+    files.write_text_atomic(work.root / CONFIG_NAME, config_lib.to_json(work.experiment))
+    print(json.dumps(work.done_record(values.name)["average"]))
+    print(work.folder(values.name))
+
+
+def _stage_of(values: flags.FlagValues, work: Workdir) -> AverageStage:
+  """The stage that the flags describe; its task is that of the first model."""
+  try:
+    weights = tuple(float(weight) for weight in values.weights)
+  except ValueError as error:
+    raise UserError(f"--weights={','.join(values.weights)} has what is no number.") from error
+  first = _open(work, values.of[0])
+  own = first.task.task if isinstance(first.task, lora.LoraTask) else first.task
+  return AverageStage(
+    task=own.config,
+    of=tuple(values.of),
+    weights=weights,
+    method=values.method,
+    validation=values.validation,
+  )
+
+
+if __name__ == "__main__":
+  define_flags(flags.FLAGS)
+  cli.run(main)

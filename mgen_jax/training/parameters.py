@@ -1,0 +1,63 @@
+"""Parameters by name: which of them a stage trains, and which it only reads.
+
+A parameter's name is its path with slashes, "backbone/layers/mlp/up/kernel", as logs and manifests
+show it.
+"""
+
+import difflib
+import fnmatch
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import traverse_util
+
+from mgen_jax.errors import UserError
+
+
+def flatten(params: Any) -> dict[str, Any]:
+  """A tree of parameters by name."""
+  return traverse_util.flatten_dict(params, sep="/")
+
+
+def unflatten(named: dict[str, Any]) -> Any:
+  """The tree again."""
+  return traverse_util.unflatten_dict(named, sep="/")
+
+
+def matching(patterns: Sequence[str], names: Sequence[str], where: str) -> frozenset[str]:
+  """The names that one of the patterns fits: * stands for anything, and the name of a part for all
+  that is below it.
+
+  Raises:
+    UserError: a pattern that fits none; says where it stands and what comes near.
+  """
+  found = set()
+  for pattern in patterns:
+    fits = [
+      name
+      for name in names
+      if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}/*")
+    ]
+    if not fits:
+      near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3) or list(names)[:1]
+      raise UserError(f'{where} has "{pattern}", which fits no parameter: one is "{near[0]}".')
+    found.update(fits)
+  return frozenset(found)
+
+
+def without(params: Any, names: frozenset[str]) -> Any:
+  """The tree without some of its parameters; itself where that is none."""
+  if not names:
+    return params
+  return unflatten({name: leaf for name, leaf in flatten(params).items() if name not in names})
+
+
+def held(params: Any, names: frozenset[str]) -> Any:
+  """The tree with no gradient for some of its parameters: what they cost is not computed."""
+  if not names:
+    return params
+  return unflatten({
+    name: jax.lax.stop_gradient(leaf) if name in names else leaf
+    for name, leaf in flatten(params).items()
+  })  # fmt: skip

@@ -1,0 +1,201 @@
+"""What a stage starts with: parameters of an earlier one, fitted to its model, or files of others.
+
+Everything that a start changes is reported tensor by tensor in the log: what grew, what was added,
+what was left out. Not here: from where a run that was interrupted continues (`loop.py`).
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from mgen_jax import schema, tasks
+from mgen_jax.config import LoraConfig, TrainStage
+from mgen_jax.errors import UserError
+from mgen_jax.tasks.base import Task
+from mgen_jax.training import inputs, lora, parameters
+from mgen_jax.training import state as state_lib
+from mgen_jax.training.checkpoint import Checkpoints
+from mgen_jax.weights import files as weight_files
+from mgen_jax.workdir import Workdir
+
+Loader = Callable[[Any, Any], Any]  # (shapes, shardings) -> parameters
+
+
+def loader(
+  work: Workdir,
+  name: str,
+  task: Task,
+  mesh: jax.sharding.Mesh,
+  latents: Mapping[str, Any] | None,
+) -> Loader | None:
+  """What gives stage `name` its first parameters; None: they are random.
+
+  Args:
+    work: of the run.
+    name: of the stage.
+    task: that it trains.
+    mesh: its devices.
+    latents: statistics of the latents that it reads; None for media.
+  """
+  stage = work.experiment.stages[name]
+  load = None
+  if stage.init_from is not None:
+    logging.info("stage %s starts from the averaged parameters of %s", name, stage.init_from)
+    load = functools.partial(load_origin, work, name, task, mesh, latents)
+  elif stage.init_weights is not None:
+    logging.info("stage %s starts from %s", name, stage.init_weights)
+    load = functools.partial(_load_weights, work, name, task)
+  if hasattr(task, "pretrained"):
+    load = functools.partial(_load_files, work, name, task, load)
+  return load
+
+
+def model_of(meta: Mapping[str, Any]) -> Task:
+  """The task that a checkpoint's meta describes, with the adapters that it was trained with."""
+  values = dict(meta["task"])
+  task = tasks.make(schema.build(tasks.CONFIGS[values["name"]], values, "task"))
+  return _with_adapters(task, meta)
+
+
+def _with_adapters(task: Task, meta: Mapping[str, Any]) -> Task:
+  return lora.wrap(task, schema.build(LoraConfig, meta.get("lora", {}), "lora"))
+
+
+def read(
+  folder: Path, mesh: jax.sharding.Mesh, task: Task | None = None, step: int | None = None
+) -> tuple[Task, Any, dict[str, Any]]:
+  """The model of a stage's folder, adapters merged: its task, averaged parameters and meta.
+
+  Args:
+    folder: of a train or an average stage, of any run.
+    mesh: where the parameters go.
+    task: as it is now configured; by default as it was when the checkpoint was written.
+    step: of the checkpoint; the newest by default.
+
+  Raises:
+    CheckpointError: there is no checkpoint, it is damaged or of another model.
+  """
+  with Checkpoints(str(folder / "checkpoints"), read_only=True) as checkpoints:
+    meta = checkpoints.read_meta(step)
+    saved = model_of(meta) if task is None else _with_adapters(task, meta)
+    layout = state_lib.param_shardings(saved, mesh)
+    params = checkpoints.restore_ema(state_lib.param_shapes(saved), layout, step)
+  if isinstance(saved, lora.LoraTask):
+    whole = state_lib.param_shardings(saved.task, mesh)
+    return saved.task, jax.jit(saved.merged, out_shardings=whole)(params), meta
+  return saved, params, meta
+
+
+def origin_latents(work: Workdir, stage: TrainStage) -> dict[str, Any] | None:
+  """The statistics of the latents that the model a stage starts from has learned; None: it starts
+  from none, or from one of media."""
+  if stage.init_from is None:
+    return None
+  folder = work.folder(stage.init_from) / "checkpoints"
+  with Checkpoints(str(folder), read_only=True) as checkpoints:
+    return checkpoints.read_meta()["latents"]
+
+
+def report(name: str, found: Any, fitted: Any) -> list[str]:
+  """What a start changed, one line for each tensor; also logged.
+
+  Args:
+    name: of the stage.
+    found: parameters of the earlier stage, or their shapes.
+    fitted: those of this one, likewise.
+  """
+  before, after = parameters.flatten(found), parameters.flatten(fitted)
+  lines = []
+  for tensor in sorted(before.keys() | after.keys()):
+    if tensor not in before:
+      lines.append(f"added    {tensor} {tuple(after[tensor].shape)}")
+    elif tensor not in after:
+      lines.append(f"dropped  {tensor} {tuple(before[tensor].shape)}")
+    elif before[tensor].shape != after[tensor].shape:
+      shapes = f"{tuple(before[tensor].shape)} -> {tuple(after[tensor].shape)}"
+      lines.append(f"changed  {tensor} {shapes}")
+  same = len(before.keys() & after.keys()) - sum(line.startswith("changed") for line in lines)
+  logging.info("stage %s: %d tensors as they were, %d not", name, same, len(lines))
+  for line in lines:
+    logging.info("  %s", line)
+  return lines
+
+
+def load_origin(
+  work: Workdir,
+  name: str,
+  task: Task,
+  mesh: jax.sharding.Mesh,
+  latents: Mapping[str, Any] | None,
+  shapes: Any,
+  layout: Any,
+) -> Any:
+  """The averaged parameters of the stage that stage `name` starts from, fitted to its task."""
+  stage = work.experiment.stages[name]
+  before = origin_latents(work, stage)
+  if latents is not None and before is not None:
+    inputs.check_autoencoder(before, latents, f"what stage {stage.init_from} has learned")
+  origin = tasks.make(work.experiment.stages[stage.init_from].task)
+  found = state_lib.param_shapes(origin)
+  fitted = jax.eval_shape(task.adapt, found, shapes)
+  if fitted != shapes:
+    faults = "; ".join(report(name, fitted, shapes)[:3])
+    raise UserError(
+      f"stage {name} cannot start from stage {stage.init_from}: their models differ in more than "
+      f"what can grow from stage to stage ({faults}); give both the same task.model."
+    )
+  report(name, found, shapes)
+  _, params, _ = read(work.folder(stage.init_from), mesh, origin)
+  if found == shapes:
+    return jax.tree.map(jax.device_put, params, layout)
+
+  def fit(params):
+    key = state_lib.stream_key(work.experiment.seed, "init", 0)
+    return task.adapt(params, state_lib.init_params(task, key))
+
+  return jax.jit(fit, out_shardings=layout)(params)
+
+
+def _load_weights(work: Workdir, name: str, task: Task, shapes: Any, layout: Any) -> Any:
+  """Parameters that start from a safetensors file of others; what it lacks is random."""
+  flat = weight_files.read_tensors(work.experiment.stages[name].init_weights)
+  key = state_lib.stream_key(work.experiment.seed, "init", 0)
+  fresh = jax.device_get(jax.jit(functools.partial(state_lib.init_params, task))(key))
+  made = task.from_weights(flat, fresh)
+  found = jax.tree.map(lambda leaf: leaf.shape, made)
+  if found != jax.tree.map(lambda leaf: leaf.shape, shapes):
+    raise UserError(f"the weights of stage {name} do not fill its model: give both the same size.")
+  return jax.tree.map(jax.device_put, made, layout)
+
+
+def _load_files(
+  work: Workdir, name: str, task: Task, load_rest: Loader | None, shapes: Any, layout: Any
+) -> Any:
+  """The parameters that stage `name` starts with: some from files, the rest from the stage before
+  (`load_rest`) or random."""
+  stage = work.experiment.stages[name]
+  have: tuple[str, ...] = ()
+  if stage.init_from is not None:
+    have = tuple(state_lib.param_shapes(tasks.make(work.experiment.stages[stage.init_from].task)))
+  found = task.pretrained(have)
+  params = None if load_rest is None else load_rest(shapes, layout)
+  if not found:
+    return params
+  if params is None:
+    key = state_lib.stream_key(work.experiment.seed, "init", 0)
+    params = jax.jit(lambda: state_lib.init_params(task, key), out_shardings=layout)()
+  flat, places = parameters.flatten(params), parameters.flatten(layout)
+  for path, value in found.items():
+    if flat[path].shape != value.shape:
+      raise UserError(
+        f"stage {name}: {path} is {value.shape} in its file and {flat[path].shape} in the model."
+      )
+    flat[path] = jax.make_array_from_callback(
+      value.shape, places[path], lambda index, value=value: np.asarray(value[index])
+    )
+  return parameters.unflatten(flat)

@@ -1,0 +1,205 @@
+"""Averages of models: the right tensors, with the right weights, and used like a trained one."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from mgen_jax import average, config, sample, schema, tasks
+from mgen_jax.config import LoraConfig
+from mgen_jax.errors import ConfigError, UserError
+from mgen_jax.parallel import mesh as mesh_lib
+from mgen_jax.training import lora, parameters, runner, start
+from mgen_jax.training import state as state_lib
+from mgen_jax.training.checkpoint import Checkpoints
+from mgen_jax.workdir import CONFIG_NAME, Workdir
+from tests import tiny, untrained
+
+MODELS = ("sft_a", "sft_b", "sft_c")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """The tiny run with three more stages that look finetuned from t2v."""
+  work = untrained.make(tmp_path_factory.mktemp("average"))
+  values = tiny.get_config()
+  stages = {name: schema.to_plain(stage) for name, stage in work.experiment.stages.items()}
+  evaluate = stages.pop("evaluate")
+  for name in MODELS:
+    stages[name] = {**stages["t2v"], "init_from": "t2v"}
+  task = stages["t2v"]["task"]
+  stages["average"] = {"kind": "average", "task": task, "of": MODELS[:2], "weights": (1.0, 3.0)}
+  stages["from_average"] = {**stages["t2v"], "init_from": "average"}
+  stages["evaluate"] = {**evaluate, "generator": "average"}
+  made = config.experiment(name="tiny", stages=stages, data=values.data.to_dict())
+  work = Workdir.create(work.root, config.resolve(made))
+  for seed, name in enumerate(MODELS):
+    work.start(name)
+    untrained.save(work, name, seed=10 + seed)
+    work.finish(name, 1.0, steps=6)
+  return work
+
+
+@pytest.fixture(scope="module")
+def averaged(run):
+  run.start("average")
+  average.run(run, "average")
+  return run
+
+
+def load(work, name, **stages):
+  experiment = dataclasses.replace(
+    work.experiment, stages={**work.experiment.stages, **stages},
+    recipe=tuple(dict.fromkeys((*work.experiment.recipe, *stages))),
+  )  # fmt: skip
+  work = Workdir(work.root, experiment)
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1])
+  return parameters.flatten(jax.device_get(runner.load_trained(work, name, mesh)[1]))
+
+
+def make(work, name, **values):
+  """Runs one more average stage of a run; its parameters by name."""
+  stage = config.AverageStage(task=work.experiment.stages["t2v"].task, **values)
+  experiment = dataclasses.replace(
+    work.experiment, stages={**work.experiment.stages, name: stage},
+    recipe=(*work.experiment.recipe, name),
+  )  # fmt: skip
+  work = Workdir(work.root, config.resolve(schema.to_plain(experiment)))
+  work.start(name)
+  average.run(work, name)
+  return load(work, name)
+
+
+def test_it_is_the_weighted_mean_of_every_tensor(averaged):
+  found = load(averaged, "average")
+  a, b = load(averaged, "sft_a"), load(averaged, "sft_b")
+  assert found.keys() == a.keys()
+  for name, value in found.items():
+    np.testing.assert_allclose(value, 0.25 * a[name] + 0.75 * b[name], rtol=2e-6, atol=1e-7)
+
+
+def test_equal_models_are_their_own_average_to_the_bit(run):
+  same = load(run, "sft_a")
+  found = make(run, "same", of=("sft_a", "sft_a", "sft_a"), weights=(0.1, 0.3, 0.7))
+  alone = make(run, "alone", of=(str(run.folder("sft_a")) + "@6",))  # taken over, by its folder
+  for name, value in same.items():
+    np.testing.assert_array_equal(found[name], value)
+    np.testing.assert_array_equal(alone[name], value)
+
+
+def test_it_is_done_once_and_says_of_what(averaged):
+  assert averaged.is_done("average")
+  record = averaged.done_record("average")
+  assert record["average"] == {"sft_a": 0.25, "sft_b": 0.75}
+
+
+def test_it_is_sampled_evaluated_and_started_from(averaged):
+  generator = sample.Generator.load(averaged, "average")
+  assert generator.stage == "average" and generator.fps == 8
+  assert {b.name for b in generator.trained} == {"1x32x32", "4x32x32", "8x32x48"}
+  stage = averaged.experiment.stages["from_average"]
+  task, mesh = tasks.make(stage.task), mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1])
+  layout = state_lib.param_shardings(task, mesh)
+  shapes = state_lib.param_shapes(task)
+  made = start.load_origin(averaged, "from_average", task, mesh, untrained.LATENTS, shapes, layout)
+  wanted = load(averaged, "average")
+  for name, value in parameters.flatten(jax.device_get(made)).items():
+    np.testing.assert_array_equal(value, wanted[name])
+  experiment = averaged.experiment
+  assert config.autoencoder_of(experiment, "average") == "autoencoder"
+  assert config.inputs_of(experiment, "evaluate") == ("ingest", "encode", "average")
+
+
+def test_adapters_are_merged_for_good(run):
+  stage = dataclasses.replace(run.experiment.stages["t2v"], lora=LoraConfig(rank=2))
+  wrapped = lora.wrap(tasks.make(stage.task), stage.lora)
+  rng = np.random.default_rng(5)
+  params = jax.tree.map(
+    lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype), state_lib.param_shapes(wrapped)
+  )
+  # As a state has it: what is held has no average.
+  state = {"params": params, "ema": {"lora": params["lora"]}}
+  meta = {
+    "experiment": "tiny", "stage": "adapted", "task": schema.to_plain(stage.task),
+    "lora": schema.to_plain(stage.lora), "latents": untrained.LATENTS, "buckets": ["4x32x32"],
+  }  # fmt: skip
+  with Checkpoints(str(run.root / "adapted" / "checkpoints")) as checkpoints:
+    checkpoints.save(6, state, {}, meta)
+  found = make(run, "merged", of=(str(run.root / "adapted"),))
+  wanted = parameters.flatten(jax.device_get(wrapped.merged(params)))
+  changed = 0
+  for name, value in found.items():
+    np.testing.assert_allclose(value, wanted[name], rtol=1e-5, atol=1e-5)
+    before = parameters.flatten(params["base"])[name]
+    changed += int(not np.array_equal(value, before))
+  assert changed == len(wrapped.kernels) == 8
+
+
+@pytest.mark.parametrize(
+  ("values", "words"),
+  [
+    ({"of": ("t2v", "t2i")}, "t2i, whose model is not that"),
+    ({"of": ("t2v", "t2w")}, 'did you mean "t2v"'),
+    ({"of": ()}, "of is empty"),
+    ({"of": ("t2v",), "weights": (1.0, 2.0)}, "2 entries for 1"),
+    ({"of": ("t2v",), "weights": (0.0,)}, "more than 0"),
+    ({"of": ("t2v",), "method": "greedy"}, "name the train stage"),
+    ({"of": ("t2v",), "method": "greedy", "validation": "t2i"}, "another model"),
+  ],
+)
+def test_what_cannot_be_averaged_is_refused_before_anything_runs(values, words):
+  made = tiny.get_config().to_dict()
+  stages, recipe = made["stages"], (*made["recipe"], "average")
+  stages["average"] = {"kind": "average", "task": stages["t2v"]["task"], **values}
+  with pytest.raises(ConfigError, match=words):
+    config.resolve({**made, "recipe": recipe})
+
+
+def test_models_of_other_runs_are_compared_when_they_are_there(run):
+  with pytest.raises(UserError, match=r"cannot average .*t2i: its model is another one \(backbone"):
+    make(run, "mixed", of=("t2v", str(run.folder("t2i"))))
+  with pytest.raises(UserError, match="no checkpoint"):
+    make(run, "missing", of=(str(run.root / "nowhere"),))
+  with pytest.raises(UserError, match="after @ stands the step"):
+    make(run, "wrong", of=("t2v@last",))
+
+
+def test_latents_that_are_normalised_otherwise_are_refused(run, monkeypatch, tmp_path):
+  monkeypatch.setattr(untrained, "LATENTS", {**untrained.LATENTS, "mean": [0.0] * 4})
+  other = Workdir(tmp_path, run.experiment)
+  untrained.save(other, "sft_a", seed=3)
+  with pytest.raises(UserError, match="normalised in two ways"):
+    make(run, "two", of=("sft_a", str(tmp_path / "sft_a")))
+
+
+def test_the_greedy_soup_takes_what_helps_and_leaves_the_rest():
+  """Models are points, the loss the distance from 2: 1 and 3 average to 2, and 9 does not help."""
+  points = {"far": 9.0, "low": 1.0, "high": 3.2, "broken": np.nan}
+  loss = lambda point: float(abs(point - 2.0))  # noqa: E731
+  made, taken, losses = average.greedy(list(points), lambda name: np.float64(points[name]), loss)
+  assert taken == ["low", "high"] and made == pytest.approx(2.1)
+  assert losses["average"] == pytest.approx(0.1) and losses["far"] == 7
+  with pytest.raises(UserError, match="finite"):
+    average.greedy(["broken"], lambda name: np.nan, loss)
+
+
+def test_the_command_adds_a_stage_to_the_run(run, capsys):
+  values = flags.FlagValues()
+  average.define_flags(values)
+  values(["average", f"--workdir={run.root}", "--of=sft_a,sft_c", "--weights=1,1", "--name=two_of"])
+  average.main([], values)
+  shown = capsys.readouterr().out.splitlines()
+  assert json.loads(shown[0]) == {"sft_a": 0.5, "sft_c": 0.5}
+  work = Workdir.open(run.root)
+  assert work.experiment.recipe[-1] == "two_of" and work.is_done("two_of")
+  a, c, both = (load(work, name) for name in ("sft_a", "sft_c", "two_of"))
+  np.testing.assert_allclose(
+    both["text/embedding"], (a["text/embedding"] + c["text/embedding"]) / 2, rtol=1e-6, atol=1e-7
+  )
+  assert json.loads((run.root / CONFIG_NAME).read_text())["stages"]["two_of"]["kind"] == "average"
+  values(["average", f"--workdir={run.root}", "--of=sft_a", "--name=t2v"])
+  with pytest.raises(UserError, match="choose another name"):
+    average.main([], values)
