@@ -149,9 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> common.Row:
     for round_ in range(options.rounds):
       decode_wall, decode_cpu, frames = measured(lambda n=processes: raw(paths, n))
       for engine in options.engines.split(","):
-        _, cpu, costs = measured(
-          lambda e=engine, n=processes: curate(str(folder), settings, e, n)
-        )
+        _, cpu, costs = measured(lambda e=engine, n=processes: curate(str(folder), settings, e, n))
         stages = {name: stage["cpu_s"] for name, stage in costs["stages"].items()}
         steady = sum(stages.values()) + costs["decode_cpu_s"]
         by_stage = {"decode": costs["decode_cpu_s"], **stages}
