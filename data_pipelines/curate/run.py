@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from data_pipelines.curate import decode, select, sources, work
 from data_pipelines.curate.engines import Engine
 from data_pipelines.curate.recipe import Recipe
-from data_pipelines.curate.stage import TableStage
+from data_pipelines.curate.stage import FrameStage, SourceStage, Stage, TableStage
 from data_pipelines.curate.store import (
   SCHEMA_VERSION,
   Commit,
@@ -184,7 +184,9 @@ def score(
       tasks = _due(run, listed, phase, limits or decode.Limits())
       name = stages[0].name if phase else "scoring"
       say(name, 0, len(tasks))
-      results = engine.run(work.run_task, tasks)
+      # Rows alone are quicker done here than workers are started for them.
+      dear = any(_is_dear(stage) for stage in stages)
+      results = engine.run(work.run_task, tasks) if dear else map(work.run_task, tasks)
       for number, _ in enumerate(results, start=1):
         say(name, number, len(tasks))
       totals["units"] += len(tasks)
@@ -201,6 +203,13 @@ def score(
       for stage in stages:
         catalogue.add(stage)
   return totals | {"wall_s": time.monotonic() - began}
+
+
+def _is_dear(stage: Stage) -> bool:
+  """Whether it opens files."""
+  if isinstance(stage, FrameStage):
+    return stage.needs_frames()
+  return isinstance(stage, SourceStage)
 
 
 def _due(run: Run, listed: pa.Table, phase: int, limits: decode.Limits) -> list[work.Task]:
