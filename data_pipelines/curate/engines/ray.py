@@ -12,7 +12,6 @@ from typing import Any
 
 import ray
 import ray.data
-import ray.exceptions
 
 from data_pipelines.curate.engines import Ended
 from mgen_jax.errors import UserError
@@ -60,16 +59,10 @@ class Ray:
       compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
       num_cpus=1,
     )
-    try:
-      for row in units.iter_rows():
-        yield Ended(row["pid"])
-    except ray.exceptions.RayError as error:
-      cause = getattr(error, "cause", None)
-      while cause is not None and not isinstance(cause, UserError):
-        cause = getattr(cause, "cause", None) or cause.__cause__
-      if cause is None:
-        raise
-      raise cause from error
+    for row in units.iter_rows():
+      if row["fault"]:
+        raise UserError(row["fault"])
+      yield Ended(row["pid"])
 
   def close(self) -> None:
     if self._ours:
@@ -84,5 +77,9 @@ class _Worker:
     self._tasks = tasks
 
   def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-    self._function(self._tasks[row["task"]])
-    return {"task": row["task"], "pid": os.getpid()}
+    fault = ""
+    try:
+      self._function(self._tasks[row["task"]])
+    except UserError as error:  # as a value: an exception would come back wrapped in Ray's
+      fault = str(error)
+    return {"task": row["task"], "pid": os.getpid(), "fault": fault}
