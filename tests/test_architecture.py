@@ -50,6 +50,15 @@ MAY_IMPORT = {
   **dict.fromkeys(COMMANDS, LIBRARY | COMMANDS),
 }
 
+# What only curation needs: mgen_jax imports none of it, and stages of curation know no engine.
+CURATION_PACKAGES = {
+  *("cv2", "duckdb", "faiss", "onnxruntime", "pdqhash", "rapidocr", "ray", "apache_beam")
+}
+ENGINES = {"ray", "apache_beam"}
+ABOVE_STAGES = {
+  *("config", "engines", "export", "funnel", "report", "run", "select", "sources", "store", "work"),
+}
+
 UNSAFE_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
 
@@ -112,6 +121,25 @@ def layering_faults(root: pathlib.Path) -> list[str]:
   return faults
 
 
+def curation_faults(root: pathlib.Path) -> list[str]:
+  """One sentence for each import that lets curation's packages, engines or driver in too deep."""
+  faults = []
+  for path in sorted([*root.glob("mgen_jax/**/*.py"), *root.glob("data_pipelines/**/*.py")]):
+    where = path.relative_to(root).as_posix()
+    is_stage = where.startswith("data_pipelines/curate/stage")  # stage.py and stages/
+    is_engine = where.startswith("data_pipelines/curate/engines/")
+    module = name_of(path, root)
+    for line, name in imports_of(ast.parse(path.read_text()), module, path.stem == "__init__"):
+      parts = name.split(".")
+      if where.startswith("mgen_jax/") and parts[0] in CURATION_PACKAGES:
+        faults.append(f"{where}:{line}: {parts[0]} is a package of curation")
+      elif parts[0] in ENGINES and not is_engine:
+        faults.append(f"{where}:{line}: {parts[0]} belongs into data_pipelines/curate/engines")
+      elif is_stage and parts[:2] == ["data_pipelines", "curate"] and parts[2] in ABOVE_STAGES:
+        faults.append(f"{where}:{line}: a stage knows nothing of {parts[2]}")
+  return faults
+
+
 def is_config(node: ast.expr) -> bool:
   """Whether an expression is a config by its name: `config`, `self.cfg`, `model_config`."""
   name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
@@ -156,6 +184,24 @@ def sources() -> list[pathlib.Path]:
 
 def test_imports_go_one_way():
   assert layering_faults(ROOT) == []
+
+
+def test_curation_stays_in_its_place():
+  assert curation_faults(ROOT) == []
+
+
+@pytest.mark.parametrize(
+  ("name", "source"),
+  [
+    ("mgen_jax/data/media.py", "import cv2"),
+    ("mgen_jax/ingest.py", "def late():\n  from faiss import Kmeans"),
+    ("data_pipelines/curate/run.py", "import ray.data"),
+    ("data_pipelines/curate/stages/text.py", "from data_pipelines.curate import run"),
+    ("data_pipelines/curate/stages/text.py", "from data_pipelines.curate.engines import local"),
+  ],
+)
+def test_curation_in_the_wrong_place_is_found(tmp_path, name, source):
+  assert len(curation_faults(tree_with(tmp_path, {name: source}))) == 1
 
 
 def test_the_layering_has_no_cycle_below_the_commands():

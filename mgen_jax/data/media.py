@@ -39,12 +39,19 @@ __all__ = [
   "MediaInfo",
   "NamedBytes",
   "contact_sheet",
+  "display_size",
   "encode_video",
+  "frame_to_rgb",
+  "header_duration",
+  "open_media",
+  "pixel_aspect",
   "probe",
   "read_audio",
   "read_image",
   "read_video",
+  "refuse_truncated",
   "stream_video",
+  "video_stream",
   "write_image",
   "write_video",
   "write_video_stream",
@@ -101,17 +108,17 @@ def probe(source: str | os.PathLike | NamedBytes) -> MediaInfo:
         width, height = height, width
       codec = (image.format or "unknown").lower()
     return MediaInfo(path, "image", width, height, 0.0, 1, 0.0, codec, False)
-  with _open(source) as container:
-    stream = _video_stream(container, path)
+  with open_media(source) as container:
+    stream = video_stream(container, path)
     first = next(_decode(container, stream, path), None)
     if first is None:
       raise MediaError(f"{path} has no frame that can be decoded; re-encode or remove it.")
-    width, height = _display_size(first, stream)
+    width, height = display_size(first, pixel_aspect(stream))
     has_audio = bool(container.streams.audio)
     codec = stream.codec_context.name
     rate = float(stream.average_rate or stream.guessed_rate or 0)
-    frames, duration = stream.frames, _header_duration(container, stream)
-    _refuse_truncated(stream, source)
+    frames, duration = stream.frames, header_duration(container, stream)
+    refuse_truncated(stream, source)
     # AVI has no duration of its own: FFmpeg takes it from the file's size.
     if container.format.name == "avi" and rate and frames / rate - duration > max(0.5, 2 / rate):
       raise MediaError(
@@ -149,9 +156,9 @@ def read_video(
   name = _name(source)
   if frames is not None and frames < 1:
     raise MediaError(f"{name}: {frames} frames were asked for; ask for at least one.")
-  with _open(source) as container:
-    stream = _video_stream(container, name)
-    total = _header_duration(container, stream)
+  with open_media(source) as container:
+    stream = video_stream(container, name)
+    total = header_duration(container, stream)
     if duration is None:
       # Without a length in the header, the last frame decides.
       duration = (total or _count(source, 0.0, 0.0)[1]) - start
@@ -168,7 +175,7 @@ def read_video(
       picked, order = _pick(shown, times, stream, name)
     if not picked:
       raise MediaError(f"{name} has no frame that can be decoded; re-encode or remove it.")
-    distinct = [_to_rgb(frame, stream, size) for frame in picked]
+    distinct = [frame_to_rgb(frame, pixel_aspect(stream), size) for frame in picked]
   return np.stack([distinct[i] for i in order])
 
 
@@ -178,12 +185,12 @@ def stream_video(source: str | os.PathLike, chunk: int = 32) -> Iterator[np.ndar
   Raises MediaError if it is unreadable or ends before its header says.
   """
   name = _name(source)
-  with _open(source) as container:
-    stream = _video_stream(container, name)
-    total = _header_duration(container, stream)
+  with open_media(source) as container:
+    stream = video_stream(container, name)
+    total = header_duration(container, stream)
     held, stamps = [], []
     for time, frame in _frames_from(container, stream, name, 0.0):
-      held.append(_to_rgb(frame, stream, None))
+      held.append(frame_to_rgb(frame, pixel_aspect(stream), None))
       stamps = [*stamps[-1:], time]
       if len(held) == chunk:
         yield np.stack(held)
@@ -224,7 +231,7 @@ def read_audio(source: str | os.PathLike | bytes, rate: int) -> np.ndarray:
   Sample 0 is the start of the file's timeline. Raises MediaError if there is no sound.
   """
   name = _name(source)
-  with _open(source) as container:
+  with open_media(source) as container:
     if not container.streams.audio:
       raise MediaError(f"{name} has no sound track.")
     stream = container.streams.audio[0]
@@ -249,11 +256,16 @@ def read_audio(source: str | os.PathLike | bytes, rate: int) -> np.ndarray:
 
 
 @contextmanager
-def _open(source) -> Iterator[av.container.InputContainer]:
+def open_media(source, **options: str) -> Iterator[av.container.InputContainer]:
+  """A container for reading; `options` are FFmpeg's, of containers and of decoders.
+
+  Raises MediaError if it is missing or no media; playlists that open other files are none.
+  """
   name = _name(source)
   file = io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
   try:
-    container = av.open(file, options={"format_whitelist": _FORMATS})
+    options = {"format_whitelist": _FORMATS, **options}
+    container = av.open(file, metadata_errors="replace", options=options)
   except (av.FFmpegError, OSError) as error:
     reason = error.strerror or "not a media file"
     raise MediaError(f"{name} cannot be opened ({reason}); replace or remove it.") from error
@@ -281,22 +293,26 @@ def _name(source) -> str:
   return f"<{len(source)} bytes>" if isinstance(source, bytes) else os.fspath(source)
 
 
-def _video_stream(container, name):
+def video_stream(container, name):
+  """The first video stream, to be decoded by one thread. Raises MediaError without one."""
   if not container.streams.video:
     raise MediaError(f"{name} holds no video track; replace or remove it.")
   stream = container.streams.video[0]
+  if stream.codec_context is None:
+    raise MediaError(f"{name}: there is no decoder for its video track; re-encode or remove it.")
   # Many files at once keep the cores busier than many threads on a file.
   stream.codec_context.thread_count = 1
   return stream
 
 
-def _header_duration(container, stream) -> float:
+def header_duration(container, stream) -> float:
+  """Seconds, as the file says; 0 if it does not."""
   if stream.duration:
     return float(stream.duration * stream.time_base)
   return container.duration / av.time_base if container.duration else 0.0
 
 
-def _refuse_truncated(stream, source):
+def refuse_truncated(stream, source):
   """An index that points past the end of the file: it was cut while being copied."""
   path = _name(source)
   size = len(source) if isinstance(source, bytes) else os.path.getsize(path)
@@ -311,8 +327,8 @@ def _count(source, rate, header_duration) -> tuple[int, float, float]:
   """(frames, duration, fps) from the packets alone."""
   name = _name(source)
   times = []
-  with _open(source) as container:
-    stream = _video_stream(container, name)
+  with open_media(source) as container:
+    stream = video_stream(container, name)
     try:
       for packet in container.demux(stream):
         if packet.size and packet.pts is not None:
@@ -413,10 +429,15 @@ def _refuse_short(stamps, wanted, stream, name):
     )
 
 
-def _display_size(frame, stream) -> tuple[int, int]:
-  """(width, height) after non-square pixels and rotation."""
+def pixel_aspect(stream) -> float:
+  """Width of a pixel / its height; 1 if the file does not say."""
   ratio = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
-  width = round(frame.width * float(ratio)) if ratio and ratio > 0 else frame.width
+  return float(ratio) if ratio and ratio > 0 else 1.0
+
+
+def display_size(frame, aspect: float) -> tuple[int, int]:
+  """(width, height) of a frame of such pixels, after rotation."""
+  width = round(frame.width * aspect)
   return (frame.height, width) if frame.rotation % 180 else (width, frame.height)
 
 
@@ -427,8 +448,9 @@ def _cover(height, width, size) -> tuple[tuple[int, int], tuple[int, int]]:
   return scaled, ((scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2)
 
 
-def _to_rgb(frame, stream, size) -> np.ndarray:
-  width, height = _display_size(frame, stream)
+def frame_to_rgb(frame, aspect: float, size) -> np.ndarray:
+  """uint8 [H, W, 3] as displayed; `size` as in read_video, None for its own."""
+  width, height = display_size(frame, aspect)
   corner = (0, 0)
   if size is None:
     (height_to, width_to), size = (height, width), (height, width)

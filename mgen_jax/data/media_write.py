@@ -86,12 +86,15 @@ def write_video_stream(
   chunks: Iterable[np.ndarray],
   fps: float,
   *,
+  audio: np.ndarray | None = None,
+  audio_rate: int = 48000,
   crf: int = 18,
   codec: str = "libx264",
   preset: str = "veryfast",
 ) -> int:
   """`write_video` of chunks uint8 [n, H, W, 3] as they come; returns how many frames there were."""
-  return _write(Path(path), chunks, fps, None, codec, crf, preset)
+  sound = None if audio is None else (_check_audio(audio), audio_rate)
+  return _write(Path(path), chunks, fps, sound, codec, crf, preset)
 
 
 def _write(path, chunks, fps, sound, codec, crf, preset) -> int:

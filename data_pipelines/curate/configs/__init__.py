@@ -1,0 +1,1 @@
+"""Named settings of curation: the paper's sets, and Marbles."""

@@ -1,0 +1,1 @@
+"""One file for each stage of curation; see `data_pipelines.curate.stage` for what a stage is."""
