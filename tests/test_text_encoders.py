@@ -56,7 +56,13 @@ def recipe(folder, **changes):
   made = values["stages"]
   encoded = {**made["encode"], "buckets": (BUCKET,), "text": config_lib.encoded_text(text)}
   stage = made["t2v"]
-  stage = {**stage, "init_from": None, "steps": 3, "buckets": {"b" + BUCKET: {"batch": 8}}}
+  stage = {
+    **stage,
+    "init_from": None,
+    "steps": 3,
+    "validate_every": 0,
+    "buckets": {"b" + BUCKET: {"batch": 8}},
+  }
   model = {**stage["task"]["model"], "context_widths": (24, 16)}
 
   def train(online):

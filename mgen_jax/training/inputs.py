@@ -70,7 +70,8 @@ def make_stream(
       what those are normalised with is part of what it knows. None: it starts from none.
 
   Raises:
-    UserError: no bucket has an example, or what an earlier stage left cannot be read.
+    UserError: no bucket has an example, nothing is held out to validate on, or what an earlier
+      stage left cannot be read.
   """
   stage = work.experiment.stages[name]
   parts, latents = stage.parts(), None
@@ -103,11 +104,18 @@ def make_stream(
     _check_hosts(name, opened.fingerprint)
     return opened
 
+  # For validation all sets of data of the stage, in batches of its first phase: the same at every
+  # step.
+  sizes = {**phases[-1].batch_sizes, **phases[0].batch_sizes}
+  held_out = {b: mixture.EvenMixture([both[1][b] for both in sources.values()]) for b in sizes}
+  held_out = {bucket: source for bucket, source in held_out.items() if len(source)}
+  if stage.validate_every and not held_out:
+    raise UserError(
+      f"config.stages.{name}.validate_every is {stage.validate_every}, but no held-out clip fits a "
+      "bucket of the stage: raise config.data.held_out, or set validate_every to 0."
+    )
+
   def validation() -> Iterator[tuple[Bucket, dict[str, np.ndarray]]]:
-    # Of all sets of data of the stage, in batches of its first phase: the same at every step.
-    sizes = {**phases[-1].batch_sizes, **phases[0].batch_sizes}
-    held_out = {b: mixture.EvenMixture([both[1][b] for both in sources.values()]) for b in sizes}
-    held_out = {bucket: source for bucket, source in held_out.items() if len(source)}
     seen = dict.fromkeys(held_out, 0)
     with pipeline.make_ordered_stream(held_out, batch_sizes=sizes, **common) as stream:
       for bucket, batch in stream:
@@ -118,8 +126,7 @@ def make_stream(
 
   first, *changed = [phase.batch_sizes for phase in phases]
   # Validation uses the buckets of later phases too.
-  validated = {**phases[-1].batch_sizes, **first}
-  return loop.Stream(first, start, validation, (*changed, validated)), latents
+  return loop.Stream(first, start, validation, (*changed, sizes)), latents
 
 
 def _statistics(

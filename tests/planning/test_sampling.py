@@ -16,6 +16,7 @@ from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel.mesh import MeshConfig
 from mgen_jax.planning import planner, report, sampling, search, topologies
 from mgen_jax.planning.sampling import Sampling
+from mgen_jax.tasks.text_inputs import FeatureTextConfig
 from mgen_jax.tasks.text_to_video import SamplerConfig
 from tests import tiny
 
@@ -31,7 +32,7 @@ def experiment():
   made = config_lib.resolve(values)
   stage = made.stages["t2v"]
   text = {"kind": "features", "names": ("a",), "widths": (16,), "lengths": (12,)}
-  task = config_lib.tasks.text_to_video.text_inputs.FeatureTextConfig(**text)
+  task = FeatureTextConfig(**text)
   stage = dataclasses.replace(stage, task=dataclasses.replace(stage.task, text=task))
   return dataclasses.replace(made, stages={**made.stages, "t2v": stage})
 

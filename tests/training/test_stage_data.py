@@ -75,6 +75,11 @@ def test_small_buckets_are_left_out_or_repeat_where_asked(open_stage, caplog):
     open_stage(small_buckets="leave_out", buckets={"b8x32x48": {"batch": 8}})
 
 
+def test_validation_without_a_held_out_clip_is_refused(open_stage):
+  with pytest.raises(UserError, match=r"validate_every is 2, but no held-out clip .*held_out"):
+    open_stage(small_buckets="repeat", validate_every=2)
+
+
 def test_batches_and_steps_follow_tokens_and_the_share_of_images(open_stage):
   stream = open_stage(
     buckets={"b1x32x32": {}, "b4x32x32": {}, "b8x32x48": {}},
