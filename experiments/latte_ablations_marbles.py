@@ -23,6 +23,7 @@ WORLD = {
   "backgrounds": ("dark grey",),
   "cameras": ("static",),
   "max_objects": 1,
+  "sizes": ("large",),
 }
 CLASSES = tuple(
   " ".join(words)

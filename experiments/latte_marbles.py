@@ -14,7 +14,7 @@ Behind the colon stands whose twin it is:
 Hardware: 4 CPU cores. What it reaches, and in which time: docs/numbers.md, "Latte".
 
 The autoencoder codes each block of 8x8 pixels of each frame by itself. A class is a colour, a shape
-and a direction; sizes vary within it.
+and a direction; all objects are large.
 """
 
 import itertools
@@ -29,6 +29,7 @@ WORLD = {
   "backgrounds": ("dark grey",),
   "cameras": ("static",),
   "max_objects": 1,
+  "sizes": ("large",),
 }
 CLASSES = tuple(
   " ".join(words)
