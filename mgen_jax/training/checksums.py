@@ -17,6 +17,7 @@ from absl import logging
 from mgen_jax.data.files import sha256_file, write_text_atomic
 
 _PATTERN = "checksums-*-of-*.json"
+_BEING_WRITTEN = f".{_PATTERN}.*"  # by another process of the run, just now
 _THREADS = 8
 
 
@@ -29,7 +30,8 @@ def write(folder: Path, process: int, processes: int) -> None:
   files = sorted(
     path
     for path in folder.rglob("*")
-    if path.is_file() and not (path.parent == folder and path.match(_PATTERN))
+    if not (path.parent == folder and (path.match(_PATTERN) or path.match(_BEING_WRITTEN)))
+    and path.is_file()
   )[process::processes]
 
   def entry(path: Path) -> tuple[str, list]:

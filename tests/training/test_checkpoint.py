@@ -1,5 +1,6 @@
 """Nothing is lost: damaged checkpoints are named, a full disk leaves the previous one whole."""
 
+import json
 import os
 import pathlib
 import re
@@ -14,6 +15,7 @@ import pytest
 
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.training import checkpoint as checkpoint_lib
+from mgen_jax.training import checksums
 from mgen_jax.training import program as program_lib
 from tests.training import toy
 
@@ -138,6 +140,21 @@ def test_a_checkpoint_without_checksums_is_used_with_a_warning(saved, caplog):
   (saved[0] / "16" / "checksums-0-of-1.json").unlink()
   assert restore(saved).step == 16
   assert "has no checksums" in caplog.text
+
+
+def test_lists_of_checksums_leave_each_other_out_while_they_are_written(tmp_path):
+  (tmp_path / "state").mkdir()
+  for name in ("a", "b", "c"):
+    (tmp_path / "state" / name).write_text(name)
+  being_written = tmp_path / ".checksums-1-of-2.json.4242.tmp"  # by process 1, as 0 looks
+  being_written.write_text("{")
+  checksums.write(tmp_path, 0, 2)
+  being_written.unlink()
+  checksums.write(tmp_path, 1, 2)
+  lists = [json.loads(path.read_text())["files"] for path in tmp_path.glob("checksums-*")]
+  assert sorted(name for files in lists for name in files) == ["state/a", "state/b", "state/c"]
+  for process in range(2):
+    checksums.verify(tmp_path, process, 2)
 
 
 def test_clocks_that_disagree_change_nothing(tmp_path, monkeypatch):
