@@ -55,6 +55,7 @@ def main() -> None:
   parser.add_argument("--side", type=int, default=64, help="Pixels of the clip's sides.")
   parser.add_argument("--child", help="What the benchmark starts itself as.")
   flags = parser.parse_args()
+  common.tune()
   if flags.child:
     print(json.dumps(child(flags.child, flags.frames, flags.side)))
   elif flags.part == "clip":

@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> common.Row:
   parser.add_argument("--compile", action="store_true", help="PyTorch under torch.compile.")
   parser.add_argument("--unroll", type=int, default=1, help="Pairs of layers in a loop's body.")
   args = parser.parse_args(argv)
+  common.tune()
   rows = []
   for name in args.sizes.split(","):
     print(f"{name} ...", file=sys.stderr, flush=True)

@@ -205,6 +205,7 @@ def main(argv: list[str] | None = None) -> common.Row:
   add("--steps", type=int, default=40, help="Of each way in a round (40).")
   add("--log_every", type=int, default=10, help="Steps (10; the default of a stage is 50).")
   args = parser.parse_args(argv)
+  common.tune()
   with tempfile.TemporaryDirectory(prefix="mgen_jax-cache-") as folder:
     compilation_cache.enable(folder)  # each start of the loop compiles what the first one did
     stage = open_stage(args.config, args.stage, args.workdir)

@@ -7,9 +7,9 @@
 All have the same random weights (written once as safetensors), read the same tokens in fp32 with
 the same padding, and take turns in one process, so that what else the machine does meets all
 alike. Before anything is timed their features are compared. Three sides: `encoders.load` as it is,
-`encoders.load(..., compiler_options=encoders.ONEDNN)`, and transformers in inference mode. "ratio"
-is our tokens per second over theirs (of the median rounds), "cpu_ratio" likewise of the processor
-time, "best" of each side's fastest round.
+"xla" without the compiler's options that it chooses for a CPU, and transformers in inference mode.
+"ratio" is our tokens per second over theirs (of the median rounds), "cpu_ratio" likewise of the
+processor time, "best" of each side's fastest round.
 
 Needs the test extra on Python 3.11 (torch and transformers).
 """
@@ -56,7 +56,7 @@ def reference(config: t5.T5Config, folder: Path):
 def sides_of(
   config: t5.T5Config, ids: np.ndarray, mask: np.ndarray
 ) -> dict[str, Callable[[], np.ndarray]]:
-  """Functions that embed the tokens [N, S]: "jax", "onednn" and "torch"; each returns features."""
+  """Functions that embed the tokens [N, S]: "jax", "xla" and "torch"; each returns features."""
   import torch
 
   batch = len(ids)
@@ -66,7 +66,7 @@ def sides_of(
       name: encoders.load(
         "any", folder, dtype="float32", devices=jax.devices()[:1], compiler_options=options
       )
-      for name, options in (("jax", None), ("onednn", encoders.ONEDNN))
+      for name, options in (("jax", None), ("xla", {}))
     }
   tensors = torch.tensor(ids).long(), torch.tensor(mask).long()
 

@@ -270,6 +270,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> common.Row:
   """Runs the sweep that the flags ask for."""
   args = parse(argv)
+  common.tune()
   config = model_for(args)
   params = make_params(config)
   rows = []

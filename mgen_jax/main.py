@@ -32,6 +32,7 @@ from mgen_jax import (
 )
 from mgen_jax import config as config_lib
 from mgen_jax.errors import UserError, suggest
+from mgen_jax.parallel import cpu
 from mgen_jax.training import runner
 from mgen_jax.workdir import Workdir
 
@@ -88,6 +89,7 @@ def main(argv: Sequence[str]) -> None:
     process_id=_PROCESS_ID.value,
   )
   distributed.start(cluster, timeout=_START_TIMEOUT.value, heartbeat=_HEARTBEAT_TIMEOUT.value)
+  cpu.keep_memory()
   config_lib.check_devices(experiment, jax.device_count(), jax.process_count(), stages)
   work = Workdir.create(_WORKDIR.value or f"runs/{experiment.name}", experiment)
   if _CACHE.value == "off":

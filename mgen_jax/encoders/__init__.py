@@ -17,8 +17,8 @@ The pieces:
 Not here: the modules themselves (`mgen_jax/models`), which know nothing of files.
 """
 
-from mgen_jax.encoders.encoder import ONEDNN, Embedded, Encoder, load
+from mgen_jax.encoders.encoder import Embedded, Encoder, load
 from mgen_jax.encoders.prompts import Prompt
 from mgen_jax.encoders.stack import StackConfig, TextStack
 
-__all__ = ["ONEDNN", "Embedded", "Encoder", "Prompt", "StackConfig", "TextStack", "load"]
+__all__ = ["Embedded", "Encoder", "Prompt", "StackConfig", "TextStack", "load"]

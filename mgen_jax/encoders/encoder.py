@@ -24,19 +24,10 @@ from mgen_jax.encoders.families import FAMILIES
 from mgen_jax.errors import UserError
 from mgen_jax.models import clip
 from mgen_jax.models import llama as llama_lib
+from mgen_jax.parallel import cpu, rules
 from mgen_jax.parallel import mesh as mesh_lib
-from mgen_jax.parallel import rules
 
 DTYPES = ("bfloat16", "float32")  # T5 overflows in float16
-
-# For `load` on an x86-64 CPU: matrix products by the oneDNN that is in jaxlib, reductions alone by
-# YNNPACK, which makes both by default. Each product is a call of its own: where XLA fuses more into
-# it, jaxlib 0.10.2 ends the process.
-ONEDNN = {
-  "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
-  "xla_cpu_use_onednn": True,
-  "xla_cpu_experimental_onednn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
-}
 
 
 class Embedded(NamedTuple):
@@ -121,9 +112,11 @@ class Encoder:
     self._folder = folder
     self._batcher: tokenizers.Batcher | None = None
     whole = dataclasses.replace(config, scan_unroll=config.layers) if self._split else config
+    chosen = cpu.compiler_options(mesh) if compiler_options is None else compiler_options
+    self._options = dict(chosen) or None
     self._program = jax.jit(
       lambda params, tokens, mask: apply(family, whole, self._joined(params), tokens, mask),
-      compiler_options=dict(compiler_options) if compiler_options else None,
+      compiler_options=self._options,
     )
 
   def _joined(self, params: Any) -> Any:
@@ -241,7 +234,8 @@ class Encoder:
         end=end,
         key=key,
         temperature=temperature,
-      )
+      ),
+      compiler_options=self._options,
     )
     with mesh_lib.use(self.mesh):
       return np.asarray(program(self._params, tokens.ids, tokens.mask, jax.random.key(seed)))
@@ -310,7 +304,7 @@ def load(
     dtype: of parameters and computation, "bfloat16" or "float32"; None: that of the weights.
     devices: over which the parameters are sharded; all of this host's by default.
     mesh: in place of `devices`.
-    compiler_options: XLA's, of the programs that embed, like `ONEDNN` on a CPU.
+    compiler_options: XLA's, of the programs; None: on a CPU, oneDNN's products (`parallel.cpu`).
 
   Raises:
     UserError: there are no such weights there, or they are of another encoder.

@@ -66,7 +66,7 @@ def test_encoders_are_compared_on_the_same_features(tmp_path, monkeypatch):
   flags = ["--layers=2", "--batch=2", "--length=16", "--rounds=1", "--threads=1"]
   record = t5_encoder.main([*flags, f"--out={tmp_path}/a.json"])
   assert json.loads((tmp_path / "a.json").read_text()) == record
-  assert [row["side"] for row in record["rows"]] == ["jax", "onednn", "torch"]
+  assert [row["side"] for row in record["rows"]] == ["jax", "xla", "torch"]
   assert all(row["max_abs_error"] <= 1e-5 for row in record["rows"])
   monkeypatch.setattr(t5_encoder, "LIMIT", -1.0)
   with pytest.raises(SystemExit, match="not the same encoder"):

@@ -64,7 +64,7 @@ def check(inputs, mesh=None, tolerance=2e-5, **options):
 @pytest.mark.parametrize("kernel", ["plain", "blockwise", "splash"])
 def test_every_kernel_equals_the_reference(monkeypatch, kernel, masked):
   """Odd lengths, grouped heads; several slices, several tiles that do not divide the lengths."""
-  monkeypatch.setattr(kernels, "PLAIN_SCORES", 2 * 4 * 141 * 50)
+  monkeypatch.setattr(kernels, "CPU_SCORES", 2 * 4 * 141 * 50)
   check(arrays(2, 259, 141, 4, 2, masked=masked), kernel=kernel, blocks=SMALL)
 
 
@@ -162,7 +162,7 @@ def temporary_bytes(kernel):
 
 
 def test_long_sequences_need_no_memory_for_their_scores(monkeypatch):
-  monkeypatch.setattr(kernels, "PLAIN_SCORES", 1 << 18)
+  monkeypatch.setattr(kernels, "CPU_SCORES", 1 << 18)
   scores = 4 * 4 * 2048**2  # bytes, fp32
   assert temporary_bytes("plain") > scores
   assert temporary_bytes(None) < scores / 8
@@ -202,13 +202,14 @@ def choice(platform, monkeypatch, tokens=256, dim=64, dtype=jnp.bfloat16):
 
 
 def test_the_kernel_follows_the_platform_of_the_mesh(monkeypatch):
-  assert choice("cpu", monkeypatch) == "plain"
-  assert choice("cpu", monkeypatch, tokens=73_728) == "blockwise"
+  for tokens in (16, 73_728):
+    assert choice("cpu", monkeypatch, tokens=tokens) == "blockwise"
   assert choice("tpu", monkeypatch) == "splash"
   assert choice("tpu", monkeypatch, tokens=16) == "plain"  # all of it is less than one tile
   for gpu in ("gpu", "cuda"):
     assert choice(gpu, monkeypatch) == "cudnn"
     assert choice(gpu, monkeypatch, dtype=jnp.float32) == "plain"
+    assert choice(gpu, monkeypatch, tokens=73_728, dtype=jnp.float32) == "blockwise"
     assert choice(gpu, monkeypatch, dim=512) == "plain"
 
 
@@ -256,8 +257,9 @@ def test_tiles_cover_the_tokens_and_add_little():
 def test_blockwise_slices_stay_below_their_limit():
   q, k = (jax.ShapeDtypeStruct((2, n, 4, 8), jnp.float32) for n in (1000, 500))
   for limit in (1, 2 * 4 * 500, 10**5, 10**9):
-    rows = -(-1000 // blockwise._slices(q, k, limit))
-    assert rows == 1 or rows * 2 * 4 * 500 <= limit
+    split = functools.partial(blockwise._split, limit=limit)
+    _, batch, groups, rows, _ = jax.eval_shape(split, q, k).shape
+    assert rows == 1 or batch * groups * rows * 500 <= limit
 
 
 @pytest.mark.parametrize(

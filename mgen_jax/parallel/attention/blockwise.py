@@ -6,7 +6,8 @@ scores is kept. The log-sum-exp that it is given may be that over more keys than
 over blocks of keys uses `forward` and `backward` on each. Not here: when it is used (`kernels.py`).
 
 Shapes: q, out [b, n, h, d]; k, v [b, m, g, d] with h a multiple of g; mask [b, m] bool or None;
-lse [b, n, h] fp32. In a slice of c queries: q [b, c, g, h / g, d], scores [b, g, h / g, c, m].
+lse [b, n, h] fp32. Inside, heads come first, so that every product is one of plain matrices: the
+rows of a slice of c queries are [b, g, h / g * c, d], its scores [b, g, h / g * c, m].
 """
 
 import functools
@@ -44,23 +45,19 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 def forward(q: Array, k: Array, v: Array, mask: Array | None, *, limit: int) -> tuple[Array, Array]:
   """The result in the dtype of q, and the log-sum-exp of each row."""
-  groups = k.shape[2]
+  scale = q.shape[-1] ** -0.5
+  keys, values = _heads_first(k), _heads_first(v)
 
   def one(q):
-    scores = _scores(q, k, mask)
+    scores = _scores(q, keys, mask)
     top = scores.max(-1, keepdims=True)
-    weights = jnp.exp(scores - top)
+    weights = jnp.exp((scores - top) * scale)
     total = weights.sum(-1, keepdims=True)
-    out = _product("bgrcm,bmgd->bcgrd", (weights / total).astype(v.dtype), v)
-    lse = (top + jnp.log(total))[..., 0]  # [b, g, r, c]
-    return out.astype(q.dtype), jnp.moveaxis(lse, 3, 1)
+    out = _product(weights.astype(v.dtype), values) / total
+    return out.astype(q.dtype), top * scale + jnp.log(total)
 
-  count = _slices(q, k, limit)
-  out, lse = jax.lax.map(one, _split(_grouped(q, groups), count))
-  return (
-    _join(out, q.shape[1]).reshape(q.shape[:3] + v.shape[3:]),
-    _join(lse, q.shape[1]).reshape(q.shape[:3]),
-  )
+  out, lse = jax.lax.map(one, _split(q, k, limit))
+  return _join(out, q), _join(lse, q)[..., 0]
 
 
 def backward(
@@ -75,57 +72,62 @@ def backward(
   limit: int,
 ) -> tuple[Array, Array, Array]:
   """The gradients of q, k and v, in their dtypes."""
-  groups = k.shape[2]
+  scale = q.shape[-1] ** -0.5
+  keys, values = _heads_first(k), _heads_first(v)
   # The part of the gradient of a score that all keys share: FlashAttention's D, [b, n, h].
   shared = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
 
   def one(sums, rows):
     dk, dv = sums
     q, lse, shared, dout = rows
-    scores = _scores(q, k, mask)
-    weights = jnp.exp(scores - jnp.moveaxis(lse, 1, 3)[..., None])
-    dweights = _product("bcgrd,bmgd->bgrcm", dout, v)
-    dscores = weights * (dweights - jnp.moveaxis(shared, 1, 3)[..., None])
-    dscores = (dscores * q.shape[-1] ** -0.5).astype(q.dtype)
-    dv += _product("bgrcm,bcgrd->bmgd", weights.astype(dout.dtype), dout)
-    dk += _product("bgrcm,bcgrd->bmgd", dscores, q)
-    return (dk, dv), _product("bgrcm,bmgd->bcgrd", dscores, k).astype(q.dtype)
+    weights = jnp.exp(_scores(q, keys, mask) * scale - lse)
+    dscores = weights * (_product(dout, _flip(values)) - shared) * scale
+    dscores = dscores.astype(q.dtype)
+    # Summed over the rows as [d, m]: XLA's CPU backend takes twice as long for [m, d].
+    dv += _product(_flip(dout), weights.astype(dout.dtype))
+    dk += _product(_flip(q), dscores)
+    return (dk, dv), _product(dscores, keys).astype(q.dtype)
 
-  count = _slices(q, k, limit)
-  rows = tuple(_split(_grouped(x, groups), count) for x in (q, lse, shared, dout))
-  zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-  (dk, dv), dq = jax.lax.scan(one, zeros, rows)
-  return _join(dq, q.shape[1]).reshape(q.shape), dk.astype(k.dtype), dv.astype(v.dtype)
-
-
-def _product(equation: str, a: Array, b: Array) -> Array:
-  return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+  rows = tuple(_split(x, k, limit) for x in (q, lse[..., None], shared[..., None], dout))
+  zeros = (jnp.zeros(_flip(x).shape, jnp.float32) for x in (keys, values))
+  (dk, dv), dq = jax.lax.scan(one, tuple(zeros), rows)
+  dk, dv = (_heads_first(_flip(x)) for x in (dk, dv))
+  return _join(dq, q), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-def _scores(q: Array, k: Array, mask: Array | None) -> Array:
-  scores = _product("bcgrd,bmgd->bgrcm", q, k) * q.shape[-1] ** -0.5
-  return scores if mask is None else jnp.where(mask[:, None, None, None], scores, MASKED)
+def _product(a: Array, b: Array) -> Array:
+  return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def _slices(q: Array, k: Array, limit: int) -> int:
-  """Into how many slices the queries go."""
-  row = q.shape[0] * q.shape[2] * k.shape[1]
-  return math.ceil(q.shape[1] / max(1, limit // row))
+def _scores(q: Array, keys: Array, mask: Array | None) -> Array:
+  """Not yet divided by the root of d, which fuses with what comes after the maximum."""
+  scores = _product(q, _flip(keys))
+  return scores if mask is None else jnp.where(mask[:, None, None], scores, MASKED)
 
 
-def _grouped(x: Array, groups: int) -> Array:
-  """[b, n, h, ...] -> [b, n, g, h / g, ...]."""
-  return x.reshape(*x.shape[:2], groups, -1, *x.shape[3:])
+def _heads_first(x: Array) -> Array:
+  """[b, m, g, d] -> [b, g, m, d], and back."""
+  return x.swapaxes(1, 2)
 
 
-def _split(x: Array, count: int) -> Array:
-  """[b, n, ...] -> [count, b, ceil(n / count), ...], with zeros behind."""
-  size = -(-x.shape[1] // count)
-  x = jnp.pad(x, ((0, 0), (0, count * size - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
-  return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
+def _flip(x: Array) -> Array:
+  """Transposed matrices."""
+  return x.swapaxes(-1, -2)
 
 
-def _join(x: Array, length: int) -> Array:
-  """The inverse of `_split`: [count, b, c, ...] -> [b, length, ...]."""
-  x = jnp.moveaxis(x, 0, 1)
-  return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+def _split(x: Array, k: Array, limit: int) -> Array:
+  """[b, n, h, d] -> [count, b, g, h / g * c, d], with zeros behind: slices of c queries."""
+  batch, n, heads = x.shape[:3]
+  count = math.ceil(n / max(1, limit // (batch * heads * k.shape[1])))
+  size = -(-n // count)
+  x = jnp.pad(x, ((0, 0), (0, count * size - n), (0, 0), (0, 0)))
+  x = x.reshape(batch, count, size, k.shape[2], -1, x.shape[-1])  # [b, count, c, g, h / g, d]
+  return x.transpose(1, 0, 3, 4, 2, 5).reshape(count, batch, k.shape[2], -1, x.shape[-1])
+
+
+def _join(x: Array, q: Array) -> Array:
+  """The inverse of `_split` for rows of any length d: -> [b, n, h, d], with n and h of q."""
+  batch, n, heads = q.shape[:3]
+  count, _, groups, _, width = x.shape
+  x = x.reshape(count, batch, groups, heads // groups, -1, width).transpose(1, 0, 4, 2, 3, 5)
+  return x.reshape(batch, -1, heads, width)[:, :n]
