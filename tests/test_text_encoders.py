@@ -7,6 +7,7 @@ converted by the command, named in a recipe, run both ways, and sampled from a p
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from absl import flags
 
 from mgen_jax import config as config_lib
 from mgen_jax import convert, encode, ingest, sample, schema, tasks
-from mgen_jax.data import records
+from mgen_jax.data import media, records
 from mgen_jax.data.buckets import parse_bucket
 from mgen_jax.data.marbles import world
 from mgen_jax.encoders import StackConfig
@@ -222,6 +223,21 @@ def test_a_model_of_features_is_sampled_from_a_prompt(work):
     assert np.abs(videos["cached"][row] - videos["cached"][0]).max() > 0
   generator.fps = 0.0  # no prefix; the digits of another rate are unknown to this vocabulary
   assert np.abs(generator.generate(prompts[:1], bucket, [3]) - videos["online"][:1]).max() > 0
+
+
+def test_the_motion_of_the_camera_can_be_asked_for(work, tmp_path, monkeypatch, capsys):
+  common = ("sample", f"--workdir={work.root}", "--prompt=a red circle", f"--out={tmp_path}")
+  monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+  made, names = [], []
+  for camera in ((), ("--camera= Zoom  IN",)):
+    values = flags.FlagValues()
+    sample.define_flags(values)
+    values([*common, *camera])
+    sample.main([], values)
+    names.append(capsys.readouterr().out.split()[0])
+    made.append(media.read_video(Path(names[-1]).read_bytes()).astype(int))
+  assert names[0] != names[1] and "zoom-in" in names[1]  # neither is written over
+  assert np.abs(made[0] - made[1]).max() > 0
 
 
 def test_the_plan_of_an_online_stage_holds_its_encoders(work):

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from mgen_jax import encoders
-from mgen_jax.encoders import files, weights
 from mgen_jax.encoders.families import FAMILIES
 from mgen_jax.models import llama
 from mgen_jax.parallel import mesh as mesh_lib
+from mgen_jax.weights import folders, transfer
+from mgen_jax.weights import match as match_lib
 from tests.encoders import reference
 
 torch = pytest.importorskip("torch")
@@ -183,14 +184,14 @@ def test_a_whole_clip_gives_both_towers_and_their_likeness(tmp_path):
   theirs = model(torch.tensor(ids).long(), torch.tensor(images.transpose(0, 3, 1, 2)))
   mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1])
   units = []
-  with files.Source(folder) as source:
-    for family, inputs in (("clip_text", ids), ("clip_vision", images)):
-      matched = weights.match(source, family)
-      matched.complain(folder)
-      params = weights.read_params(source, matched, mesh)
-      module = FAMILIES[family].module(dataclasses.replace(matched.config, dtype="float32"))
-      vector = module.apply({"params": params}, inputs).projected
-      units.append(vector / jnp.linalg.norm(vector, axis=-1, keepdims=True))
+  source = folders.Source(folder)
+  for family, inputs in (("clip_text", ids), ("clip_vision", images)):
+    matched = match_lib.match(source, FAMILIES, family)
+    matched.complain(folder)
+    params = transfer.read_params(source, matched, mesh)
+    module = FAMILIES[family].module(dataclasses.replace(matched.config, dtype="float32"))
+    vector = module.apply({"params": params}, inputs).projected
+    units.append(vector / jnp.linalg.norm(vector, axis=-1, keepdims=True))
   within(error(units[0], theirs.text_embeds))
   within(error(units[1], theirs.image_embeds))
   logits = float(jnp.exp(model.logit_scale.item())) * units[0] @ units[1].T
