@@ -209,8 +209,8 @@ class Generator:
       raise UserError(f"--camera={motion} is of videos: leave it, or ask for more --frames.")
     if not isinstance(self.task.config.text, FeatureTextConfig):
       raise UserError(
-        f"--camera={motion} is of models that read features of text encoders, before whose captions "
-        f"it stands: {self.stage} does not; write it into the prompt."
+        f"--camera={motion} is of models that read features of text encoders: {self.stage} reads "
+        "bytes or classes; write it into the prompt."
       )
     self.camera = motion
 

@@ -63,6 +63,11 @@ class Parameter:
   chunks: tuple[int, ...]
   slices: Callable[[], Iterator[tuple[int | None, np.ndarray]]]
 
+  @property
+  def size(self) -> int:
+    """Values; Orbax before 0.12 asks for it."""
+    return math.prod(self.shape)
+
 
 def chunk_shape(
   mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
@@ -95,7 +100,6 @@ class _Writer(ocp.type_handlers.NumpyHandler):
   async def serialize(self, values, infos, args=None):
     del args
     for value, info in zip(values, infos, strict=True):
-      await info.await_path_creation()
       await _write(Path(info.path), value)
     return []
 

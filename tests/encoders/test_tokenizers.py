@@ -137,7 +137,7 @@ def test_a_motion_of_the_camera_is_one_of_the_classes_of_curation():
   assert prompts.camera_motion(" Pan  LEFT", "--camera") == "pan left"
   with pytest.raises(UserError, match=r"--camera=zoom inn .*: did you mean zoom in or zoom out"):
     prompts.camera_motion("zoom inn", "--camera")
-  with pytest.raises(UserError, match="known: arc shot, .*zoom out"):
+  with pytest.raises(UserError, match=r"known: arc shot, .*zoom out"):
     prompts.camera_motion("xyz", "--camera")
   camera = pytest.importorskip("data_pipelines.curate.stages.camera", exc_type=ImportError)
   assert prompts.CAMERA_MOTIONS == camera.CLASSES
