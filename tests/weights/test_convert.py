@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import flax.linen as nn
 import jax
@@ -10,10 +11,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mgen_jax import schema, tasks
 from mgen_jax.convert import FAMILIES
 from mgen_jax.errors import UserError
 from mgen_jax.models.autoencoder import AutoencoderConfig
 from mgen_jax.models.latte import LatteConfig
+from mgen_jax.parallel import mesh as mesh_lib
+from mgen_jax.training import start
+from mgen_jax.training import state as state_lib
 from mgen_jax.weights import autoencoder_kl, files, latte, stored
 from tests.encoders import toys
 from tests.encoders.test_convert import run, same_bits
@@ -103,6 +108,28 @@ def test_a_model_starts_alike_from_a_file_and_from_what_was_converted(tmp_path, 
       np.testing.assert_array_equal(out, value if layer is None else value[layer])
       count += 1
   assert count > 50
+
+
+def test_a_stage_starts_from_what_was_converted(tmp_path):
+  """As `init_weights` is read when a stage begins, laid out on a mesh."""
+  write(tmp_path / "theirs", "dit", LATTE)
+  run(f"--source={tmp_path / 'theirs'}", f"--out={tmp_path / 'ours'}")
+  model = {**schema.to_plain(LATTE), "classes": 2}
+  values = {"name": "latte", "model": model, "class_names": ("left", "right")}
+  task = tasks.make(schema.build(tasks.CONFIGS["latte"], values, "task"))
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(fsdp=2), jax.devices()[:2])
+  shapes, layout = state_lib.param_shapes(task), state_lib.param_shardings(task, mesh)
+  made = []
+  for name in ("ours", "theirs", "theirs/model.safetensors"):
+    stage = types.SimpleNamespace(init_from=None, init_weights=str(tmp_path / name))
+    work = types.SimpleNamespace(experiment=types.SimpleNamespace(stages={"a": stage}, seed=0))
+    made.append(start.loader(work, "a", task, mesh, None)(shapes, layout))
+  jax.tree.map(np.testing.assert_array_equal, made[0], made[1])
+  jax.tree.map(np.testing.assert_array_equal, made[0], made[2])
+  kernel = load_file(tmp_path / "theirs" / "model.safetensors")["blocks.3.mlp.fc1.weight"]
+  stack = made[0]["latte"]["layers"]["temporal"]["mlp"]["up"]["kernel"]
+  np.testing.assert_array_equal(stack[1], kernel.T)
+  assert len(stack.sharding.device_set) == 2
 
 
 def test_old_names_and_shapes_of_an_autoencoder_come_back_as_they_were(tmp_path):
