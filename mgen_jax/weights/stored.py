@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,7 +105,7 @@ class _Writer(ocp.type_handlers.NumpyHandler):
 
 
 async def _write(path: Path, value: Parameter) -> None:
-  store = await ts.open(_spec(path, value), create=True)
+  store = await _written(path, ts.open(_spec(path, value), create=True))
   for layer, array in value.slices():
     chunk = value.chunks if layer is None else value.chunks[1:]
     pending: collections.deque = collections.deque()
@@ -120,9 +120,9 @@ async def _write(path: Path, value: Parameter) -> None:
     del array  # before the next one is read
 
 
-async def _written(path: Path, write: ts.WriteFutures) -> None:
+async def _written(path: Path, future: Awaitable) -> Any:
   try:
-    await write
+    return await future
   except ValueError as error:  # of TensorStore: the disk is full, the folder went away
     first_line = str(error).splitlines()[0][:200]
     raise UserError(f"{path} could not be written ({first_line}): make room.") from error
