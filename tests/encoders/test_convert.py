@@ -100,7 +100,7 @@ def test_weights_may_be_stored_in_bf16_and_still_come_back(tmp_path):
 
 
 def test_host_memory_stays_under_two_tensors_both_ways(tmp_path, monkeypatch):
-  """A stack of 24 matrices: what numpy holds, and what is still mapped when the next one is read."""
+  """A stack of 24 matrices: what numpy holds, what is still mapped when the next one is read."""
   small = toys.write(tmp_path / "small", "t5", toys.BYT5)
   run(f"--source={small}", f"--out={tmp_path / 'first'}")  # what is imported counts for nothing
   run(f"--source={tmp_path / 'first'}", f"--out={tmp_path / 'first_back'}")
