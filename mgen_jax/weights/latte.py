@@ -165,10 +165,10 @@ def _text_config(hf: Mapping[str, Any], shapes: Mapping[str, Shape]) -> LatteCon
     mlp_ratio=hidden // width,
     patch=hf.get("patch_size", 2),
     in_channels=channels,
-    learn_variance=hf.get("out_channels", 2 * channels) == 2 * channels,
+    learn_variance=(hf.get("out_channels") or 2 * channels) == 2 * channels,
     conditioning="adaln_single",
     max_frames=hf.get("video_length", 16),
-    position_scale=max(hf.get("sample_size", 64) // 64, 1),
+    position_scale=max((hf.get("sample_size") or 64) // 64, 1),
     context_widths=(hf.get("caption_channels", 4096),),
   )
 
