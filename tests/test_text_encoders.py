@@ -187,7 +187,7 @@ def test_the_command_writes_the_features_that_a_stage_reads(work, weights, tmp_p
     ("--text_names=", "need two names"),
     ("--text_reads=prompt,all", "must be one of 'prompt', 'quoted'"),
     ("--text_encoders=ul3,any", 'did you mean "ul2"'),
-    ("--text_weights=nowhere,nowhere", r"no converted encoder: make it with .*convert"),
+    ("--text_weights=nowhere,nowhere", r"no converted weights: make it with .*convert"),
   ],
 )
 def test_flags_of_text_encoders_that_cannot_be_are_refused(work, weights, tmp_path, flag, words):
@@ -266,7 +266,7 @@ def test_what_is_missing_is_said_before_anything_is_trained(work, weights, tmp_p
     task = tasks.make(dataclasses.replace(stage.task, text=text))
     return task.load_frozen(mesh_lib.make_mesh(mesh_lib.MeshConfig()))
 
-  with pytest.raises(UserError, match=r"no converted encoder: make it with .*mgen_jax\.convert"):
+  with pytest.raises(UserError, match=r"no converted weights: make it with .*mgen_jax\.convert"):
     begin(weights=(str(weights / "nowhere"), str(weights / "byt5")))
   run_convert(f"--source={toys.write(tmp_path / 'hf', 't5', toys.T5)}", f"--out={tmp_path / 'no'}")
   with pytest.raises(UserError, match=r"no has no vocabulary .*: put its spiece\.model"):
