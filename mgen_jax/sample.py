@@ -34,11 +34,13 @@ from mgen_jax.data import ingest, media
 from mgen_jax.data.buckets import Bucket, parse_bucket
 from mgen_jax.diffusion import gaussian, samplers
 from mgen_jax.encoders import Prompt
+from mgen_jax.encoders.prompts import camera_motion
 from mgen_jax.errors import UserError, suggest
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel import rules
 from mgen_jax.tasks import GENERATORS, AutoencoderTask, Latte, TextToVideo, text_to_video
 from mgen_jax.tasks.latte import DiffusionSamplerConfig
+from mgen_jax.tasks.text_inputs import FeatureTextConfig
 from mgen_jax.tasks.text_to_video import SamplerConfig
 from mgen_jax.training import runner
 from mgen_jax.training import state as state_lib
@@ -65,6 +67,7 @@ class Generator:
     autoencoder, autoencoder_params: what decodes its latents.
     trained: the shapes it has learned, with their weights.
     fps: of the videos it has learned from.
+    camera: its motion in what is drawn, one of `prompts.CAMERA_MOTIONS`; "": left to the model.
   """
 
   def __init__(
@@ -86,6 +89,7 @@ class Generator:
     self.autoencoder, self.autoencoder_params = autoencoder
     self.trained = dict(trained)
     self.fps = fps
+    self.camera = ""
     self.mesh = mesh
     self._axis = text_to_video.sample_axis(mesh)
     self._read = reader
@@ -192,8 +196,23 @@ class Generator:
     return np.concatenate(videos)
 
   def prompt(self, text: str, bucket: Bucket) -> Prompt:
-    """A prompt with what stands before it in training: the frame rate of a video."""
-    return Prompt(text, 0.0 if bucket.is_image else self.fps)
+    """A prompt with what stands before it in training: a video's frame rate and camera motion."""
+    return Prompt(text) if bucket.is_image else Prompt(text, self.fps, self.camera)
+
+  def ask_camera(self, motion: str, bucket: Bucket) -> None:
+    """Sets `camera`.
+
+    Raises:
+      UserError: an image has no motion, or the model does not read what stands before a caption.
+    """
+    if bucket.is_image:
+      raise UserError(f"--camera={motion} is of videos: leave it, or ask for more --frames.")
+    if not isinstance(self.task.config.text, FeatureTextConfig):
+      raise UserError(
+        f"--camera={motion} is of models that read features of text encoders: {self.stage} reads "
+        "bytes or classes; write it into the prompt."
+      )
+    self.camera = motion
 
   def _compile(self, bucket: Bucket, sampler: AnySampler) -> Callable:
     """(parameters of both, text [B, ...], seeds [B]) -> uint8 [B, T, H, W, 3], all finite?"""
@@ -355,6 +374,8 @@ def draw(
     raise UserError(
       f"--out={out} cannot be made ({error.strerror}): name another folder."
     ) from error
+  if generator.camera:
+    texts = [f"{generator.camera}. {text}" for text in texts]
   paths = [
     write_sample(out, video, text, number, generator.fps)
     for video, text, number in zip(videos, texts, seeds, strict=True)
@@ -455,6 +476,7 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_string("aspect", None, "Width:height, like 5:3, one that was trained.", **to)
   flags.DEFINE_integer("frames", None, "Length, one that was trained; 1: an image.", **to)
   flags.DEFINE_float("fps", None, "Frames per second to draw at; default: the data's.", 0.0, **to)
+  flags.DEFINE_string("camera", None, "Its motion, like 'zoom in', one of 16.", **to)
   flags.DEFINE_string("mesh", None, "Like context=4,tensor=2; default: a sample a device.", **to)
   define_sampler_flags(values)
 
@@ -479,11 +501,14 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     raise UserError(f"--seed={values.seed} cannot be used: use a number from 0 to 2147483647.")
   if values.aspect is not None:
     parse_aspect(values.aspect)
+  camera = None if values.camera is None else camera_motion(values.camera, "--camera")
   sampler_from_flags(values, SamplerConfig())  # faults before the model is read
   mesh = None if values.mesh is None else mesh_lib.parse(values.mesh)
   generator = Generator.load(work, values.stage, mesh=mesh)
   generator.fps = values.fps or generator.fps
   bucket = choose_bucket(generator.trained, values.frames, values.aspect)
+  if camera is not None:
+    generator.ask_camera(camera, bucket)
   sampler = sampler_from_flags(values, generator.task.config.sampler)
   logging.info(
     "drawing %d of %d frames of %dx%d (width x height) from stage %s: %d %s steps, guidance %g",

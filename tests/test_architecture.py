@@ -35,8 +35,8 @@ MAY_IMPORT = {
   "data": {"errors"},
   "diffusion": {"errors"},
   "models": {"errors", "parallel"},
-  "weights": {"errors", "models"},
-  "encoders": {"errors", "schema", "parallel", "data", "models"},  # data: whole files or none
+  "weights": {"errors", "schema", "parallel", "data", "models"},  # data: whole files or none
+  "encoders": {"errors", "schema", "parallel", "models", "weights"},
   "tasks": BELOW_TASKS,
   "config": BELOW_TASKS | {"tasks"},  # where the parts' configs meet
   "workdir": {"errors", "schema", "data", "config"},

@@ -7,6 +7,7 @@ converted by the command, named in a recipe, run both ways, and sampled from a p
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from absl import flags
 
 from mgen_jax import config as config_lib
 from mgen_jax import convert, encode, ingest, sample, schema, tasks
-from mgen_jax.data import records
+from mgen_jax.data import media, records
 from mgen_jax.data.buckets import parse_bucket
 from mgen_jax.data.marbles import world
 from mgen_jax.encoders import StackConfig
@@ -186,7 +187,7 @@ def test_the_command_writes_the_features_that_a_stage_reads(work, weights, tmp_p
     ("--text_names=", "need two names"),
     ("--text_reads=prompt,all", "must be one of 'prompt', 'quoted'"),
     ("--text_encoders=ul3,any", 'did you mean "ul2"'),
-    ("--text_weights=nowhere,nowhere", r"no converted encoder: make it with .*convert"),
+    ("--text_weights=nowhere,nowhere", r"no converted weights: make it with .*convert"),
   ],
 )
 def test_flags_of_text_encoders_that_cannot_be_are_refused(work, weights, tmp_path, flag, words):
@@ -224,6 +225,21 @@ def test_a_model_of_features_is_sampled_from_a_prompt(work):
   assert np.abs(generator.generate(prompts[:1], bucket, [3]) - videos["online"][:1]).max() > 0
 
 
+def test_the_motion_of_the_camera_can_be_asked_for(work, tmp_path, monkeypatch, capsys):
+  common = ("sample", f"--workdir={work.root}", "--prompt=a red circle", f"--out={tmp_path}")
+  monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+  made, names = [], []
+  for camera in ((), ("--camera= Zoom  IN",)):
+    values = flags.FlagValues()
+    sample.define_flags(values)
+    values([*common, *camera])
+    sample.main([], values)
+    names.append(capsys.readouterr().out.split()[0])
+    made.append(media.read_video(Path(names[-1]).read_bytes()).astype(int))
+  assert names[0] != names[1] and "zoom-in" in names[1]  # neither is written over
+  assert np.abs(made[0] - made[1]).max() > 0
+
+
 def test_the_plan_of_an_online_stage_holds_its_encoders(work):
   topology = topologies.parse("cpu:8")
   devices = topologies.devices(topology)
@@ -250,7 +266,7 @@ def test_what_is_missing_is_said_before_anything_is_trained(work, weights, tmp_p
     task = tasks.make(dataclasses.replace(stage.task, text=text))
     return task.load_frozen(mesh_lib.make_mesh(mesh_lib.MeshConfig()))
 
-  with pytest.raises(UserError, match=r"no converted encoder: make it with .*mgen_jax\.convert"):
+  with pytest.raises(UserError, match=r"no converted weights: make it with .*mgen_jax\.convert"):
     begin(weights=(str(weights / "nowhere"), str(weights / "byt5")))
   run_convert(f"--source={toys.write(tmp_path / 'hf', 't5', toys.T5)}", f"--out={tmp_path / 'no'}")
   with pytest.raises(UserError, match=r"no has no vocabulary .*: put its spiece\.model"):

@@ -175,7 +175,8 @@ class TrainStage:
   batch_changes: tuple[tuple[int, float], ...] = ()
   posterior: Literal["mean", "sample"] = "mean"  # of the autoencoder's distribution of latents
   init_from: str | None = None  # the stage whose averaged parameters this one starts from
-  init_weights: str | None = None  # or a safetensors file of others (Latte: DiT, PixArt, Latte)
+  # Or safetensors of others (Latte: DiT, PixArt, Latte): a file, a folder, or one converted.
+  init_weights: str | None = None
   optimizer: OptimizerConfig = OptimizerConfig()
   # Of parts of the parameters that are optimized apart, by top-level name ("discriminator").
   optimizers: dict[str, OptimizerConfig] = dataclasses.field(default_factory=dict)

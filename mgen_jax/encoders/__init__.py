@@ -11,10 +11,9 @@ The pieces:
   prompts     what is put before a caption, and which part of it is read
   tokenizers  SentencePiece, bytes, BPE
   families    what public files call the parameters of each module
-  weights     safetensors <-> folders of ours, tensor by tensor
-  files       folders of safetensors
 
-Not here: the modules themselves (`mgen_jax/models`), which know nothing of files.
+Not here: the modules themselves (`mgen_jax/models`), which know nothing of files, and how weights
+come in and go out (`mgen_jax/weights`).
 """
 
 from mgen_jax.encoders.encoder import Embedded, Encoder, load

@@ -19,13 +19,16 @@ import numpy as np
 from PIL import Image
 
 from mgen_jax import schema
-from mgen_jax.encoders import files, sizes, tokenizers, weights
+from mgen_jax.encoders import sizes, tokenizers
 from mgen_jax.encoders.families import FAMILIES
 from mgen_jax.errors import UserError
 from mgen_jax.models import clip
 from mgen_jax.models import llama as llama_lib
 from mgen_jax.parallel import cpu, rules
 from mgen_jax.parallel import mesh as mesh_lib
+from mgen_jax.weights import stored, transfer
+from mgen_jax.weights.folders import Source
+from mgen_jax.weights.match import match
 
 DTYPES = ("bfloat16", "float32")  # T5 overflows in float16
 
@@ -314,22 +317,21 @@ def load(
   path = Path(path)
   if mesh is None:
     mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), devices or jax.local_devices())
-  if weights.is_stored(path):
-    stored = weights.read_stored(path)
-    family, config = stored.family, stored.config
+  if stored.is_stored(path):
+    found = stored.read(path, FAMILIES)
+    family, config = found.family.name, found.config
     check_name(name, family, config, path)
-    params = weights.restore(stored, mesh, dtype)
+    params = stored.restore(found, mesh, dtype)
   else:
-    with files.Source(path) as source:
-      family = None if name == "any" else sizes.named(name).family
-      matched = weights.match(source, family)
-      matched.complain(path)
-      family, config = matched.family, matched.config
-      check_name(name, family, config, path)
-      params = weights.read_params(source, matched, mesh, dtype)
+    source = Source(path)
+    matched = match(source, FAMILIES, None if name == "any" else sizes.named(name).family)
+    matched.complain(path)
+    family, config = matched.family.name, matched.config
+    check_name(name, family, config, path)
+    params = transfer.read_params(source, matched, mesh, dtype)
   if dtype is None:
-    found = str(jax.tree.leaves(params)[0].dtype)
-    dtype = found if found in DTYPES else "float32"
+    own = str(jax.tree.leaves(params)[0].dtype)
+    dtype = own if own in DTYPES else "float32"
   config = dataclasses.replace(config, dtype=dtype)
   return Encoder(name, family, config, params, path, mesh, compiler_options)
 

@@ -1,93 +1,27 @@
 """The families of encoders: their modules, and what public files call their tensors.
 
-A family joins a config class, a Flax module, the rules from the names of a Hugging Face file to
-the paths of our parameters, and the translation of its config.json in both directions. Not here:
-files (`files.py`, `weights.py`) and named sizes (`sizes.py`).
+The rules from the names of a Hugging Face file to the paths of our parameters, and the translation
+of config.json in both directions. Not here: what is done with them (`mgen_jax/weights`) and named
+sizes (`sizes.py`).
 """
 
-import dataclasses
 import re
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mgen_jax.errors import UserError
 from mgen_jax.models import clip, llama, t5
-
-Transform = Literal["none", "transpose", "conv"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-  """Where a parameter comes from; "{i}" in `source` is a layer, stacked along the first axis."""
-
-  target: str  # path of the parameter, with slashes
-  source: str  # canonical name in the file
-  transform: Transform = "none"
-
-  @property
-  def layered(self) -> bool:
-    return "{i}" in self.source
-
-
-def to_ours(array: np.ndarray, transform: Transform) -> np.ndarray:
-  """A tensor of a file as our module wants it (a view)."""
-  axes = {"none": None, "transpose": (1, 0), "conv": (2, 3, 1, 0)}[transform]
-  return array if axes is None else array.transpose(axes)
-
-
-def to_theirs(array: np.ndarray, transform: Transform) -> np.ndarray:
-  """The inverse of `to_ours`."""
-  axes = {"none": None, "transpose": (1, 0), "conv": (3, 2, 0, 1)}[transform]
-  return array if axes is None else array.transpose(axes)
-
-
-def their_shape(shape: tuple[int, ...], transform: Transform) -> tuple[int, ...]:
-  """The shape in a file of a tensor that has `shape` with us."""
-  return to_theirs(np.empty(shape, np.bool_), transform).shape if shape else shape
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-  """See the module's docstring.
-
-  Attributes:
-    name: as written in encoder.json.
-    config: the dataclass.
-    module: makes the Flax module of a config.
-    rules: of a config.
-    canonical: a name in a file -> the name that the rules use, or None for what this family does
-      not read (the decoder of a T5, the other tower of a CLIP).
-    from_hf: (config.json, canonical names) -> config.
-    to_hf: config -> config.json.
-  """
-
-  name: str
-  config: type
-  module: Callable[[Any], nn.Module]
-  rules: Callable[[Any], tuple[Rule, ...]]
-  canonical: Callable[[str], str | None]
-  from_hf: Callable[[Mapping[str, Any], Collection[str]], Any]
-  to_hf: Callable[[Any], dict[str, Any]]
-
-  def init(self, config: Any) -> Any:
-    """Parameters boxed with logical axis names; for `eval_shape` or a toy."""
-    inputs = {
-      "t5": lambda: (jnp.ones((1, 2), jnp.int32), jnp.ones((1, 2), bool)),
-      "clip_text": lambda: (jnp.ones((1, 2), jnp.int32),),
-      "clip_vision": lambda: (jnp.zeros((1, config.image_size, config.image_size, 3)),),
-      "llama": lambda: (jnp.ones((1, 2), jnp.int32),),
-    }[self.name]()
-    return self.module(config).init(jax.random.key(0), *inputs)["params"]
+from mgen_jax.weights import rules as rules_lib
+from mgen_jax.weights.rules import Family, Rule, Shape
 
 
 def boxed_shapes(name: str, config: Any) -> Any:
   """The parameters of a config as shapes in boxes of logical axis names; nothing is computed."""
-  return jax.eval_shape(lambda: FAMILIES[name].init(config))
+  return rules_lib.boxed_shapes(FAMILIES[name], config)
 
 
 def count_parameters(name: str, config: Any) -> int:
@@ -136,7 +70,7 @@ def _t5_canonical(name: str) -> str | None:
   return "shared.weight" if name == "encoder.embed_tokens.weight" else name
 
 
-def _t5_from_hf(hf: Mapping[str, Any], names: Collection[str]) -> t5.T5Config:
+def _t5_from_hf(hf: Mapping[str, Any], names: Mapping[str, Shape]) -> t5.T5Config:
   del names
   activation = hf.get("feed_forward_proj", "relu")
   if activation not in _T5_ACTIVATIONS:
@@ -267,7 +201,7 @@ def _clip_activation(hf: Mapping[str, Any]) -> str:
   return activation
 
 
-def _clip_text_from_hf(hf: Mapping[str, Any], names: Collection[str]) -> clip.ClipTextConfig:
+def _clip_text_from_hf(hf: Mapping[str, Any], names: Mapping[str, Shape]) -> clip.ClipTextConfig:
   part = _clip_part(hf, "text_config")
   # An eos of 2 stands in configs that were written before the key had a meaning; the models of
   # MetaCLIP 2 have that token.
@@ -288,7 +222,9 @@ def _clip_text_from_hf(hf: Mapping[str, Any], names: Collection[str]) -> clip.Cl
   )
 
 
-def _clip_vision_from_hf(hf: Mapping[str, Any], names: Collection[str]) -> clip.ClipVisionConfig:
+def _clip_vision_from_hf(
+  hf: Mapping[str, Any], names: Mapping[str, Shape]
+) -> clip.ClipVisionConfig:
   part = _clip_part(hf, "vision_config")
   return clip.ClipVisionConfig(
     image_size=part.get("image_size", 224),
@@ -379,7 +315,7 @@ def _llama_scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
   return {**made, "rope_original": int(made["rope_original"])}
 
 
-def _llama_from_hf(hf: Mapping[str, Any], names: Collection[str]) -> llama.LlamaConfig:
+def _llama_from_hf(hf: Mapping[str, Any], names: Mapping[str, Shape]) -> llama.LlamaConfig:
   rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind not in ("default", "llama3"):
@@ -432,45 +368,45 @@ def _llama_to_hf(config: llama.LlamaConfig) -> dict[str, Any]:
   }
 
 
+# --------------------------------------------------------------------------------------------------
+# All of them.
+
+
+def _tokens(config: t5.T5Config) -> tuple:
+  del config
+  return jnp.ones((1, 2), jnp.int32), jnp.ones((1, 2), bool)
+
+
+def _unmasked(config: clip.ClipTextConfig | llama.LlamaConfig) -> tuple:
+  return _tokens(config)[:1]
+
+
+def _image(config: clip.ClipVisionConfig) -> tuple:
+  return (jnp.zeros((1, config.image_size, config.image_size, 3)),)
+
+
 FAMILIES = {
   family.name: family
   for family in (
-    Family("t5", t5.T5Config, t5.T5Encoder, _t5_rules, _t5_canonical, _t5_from_hf, _t5_to_hf),
     Family(
-      "clip_text",
-      clip.ClipTextConfig,
-      clip.ClipText,
-      _clip_text_rules,
-      _clip_canonical("text"),
-      _clip_text_from_hf,
-      _clip_to_hf,
+      *("t5", t5.T5Config, t5.T5Encoder, _tokens, _t5_rules, _t5_canonical, _t5_from_hf, _t5_to_hf),
+      kinds=("t5", "mt5", "umt5"),
     ),
     Family(
-      "clip_vision",
-      clip.ClipVisionConfig,
-      clip.ClipVision,
-      _clip_vision_rules,
-      _clip_canonical("vision"),
-      _clip_vision_from_hf,
-      _clip_to_hf,
+      *("clip_text", clip.ClipTextConfig, clip.ClipText, _unmasked, _clip_text_rules),
+      *(_clip_canonical("text"), _clip_text_from_hf, _clip_to_hf),
+      kinds=("clip", "metaclip_2", "clip_text_model", "metaclip_2_text_model"),
     ),
     Family(
-      "llama",
-      llama.LlamaConfig,
-      llama.Llama,
-      _llama_rules,
-      _llama_canonical,
-      _llama_from_hf,
-      _llama_to_hf,
+      *("clip_vision", clip.ClipVisionConfig, clip.ClipVision, _image, _clip_vision_rules),
+      *(_clip_canonical("vision"), _clip_vision_from_hf, _clip_to_hf),
+      kinds=("clip", "metaclip_2", "clip_vision_model", "metaclip_2_vision_model"),
+    ),
+    Family(
+      *("llama", llama.LlamaConfig, llama.Llama, _unmasked, _llama_rules),
+      *(_llama_canonical, _llama_from_hf, _llama_to_hf),
+      kinds=("llama",),
+      spare=lambda config: ("lm_head.weight",) if config.tied else (),
     ),
   )
-}
-
-# "model_type" of config.json -> family; of a whole CLIP both towers.
-MODEL_TYPES = {
-  **dict.fromkeys(("t5", "mt5", "umt5"), ("t5",)),
-  **dict.fromkeys(("clip", "metaclip_2"), ("clip_text", "clip_vision")),
-  **dict.fromkeys(("clip_text_model", "metaclip_2_text_model"), ("clip_text",)),
-  **dict.fromkeys(("clip_vision_model", "metaclip_2_vision_model"), ("clip_vision",)),
-  "llama": ("llama",),
 }

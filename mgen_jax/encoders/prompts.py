@@ -8,6 +8,15 @@ or only what stands in quotation marks: the text to be drawn.
 import dataclasses
 import re
 
+from mgen_jax.errors import UserError, nearest, suggest
+
+# The classes of the camera's motion that the paper's classifier tells apart (section 2.1).
+CAMERA_MOTIONS = (
+  *("zoom in", "zoom out", "push in", "pull out", "pan right", "pan left", "truck right"),
+  *("truck left", "tilt up", "tilt down", "pedestal up", "pedestal down", "arc shot"),
+  *("tracking shot", "static shot", "handheld shot"),
+)
+
 # Pairs of quotation marks. The single ones are left out: an apostrophe looks the same.
 _QUOTED = re.compile(r'"([^"]*)"|“([^“”]*)”|„([^„“”]*)[“”]|«([^«»]*)»|「([^「」]*)」')
 
@@ -35,6 +44,26 @@ def compose(prompt: Prompt, *, fps_prefix: bool) -> str:
   if prompt.camera:
     parts.append(f"{prompt.camera}.")
   return " ".join([*parts, prompt.text])
+
+
+def camera_motion(text: str, where: str) -> str:
+  """One of `CAMERA_MOTIONS`, whatever its case and spaces.
+
+  Args:
+    text: of the user.
+    where: it came from, for the message.
+
+  Raises:
+    UserError: it is none of them; the nearest are named.
+  """
+  words = " ".join(text.lower().split())
+  if words in CAMERA_MOTIONS:
+    return words
+  near = nearest(words, CAMERA_MOTIONS, 3)
+  meant = f"did you mean {' or '.join(near)}?" if near else suggest(words, CAMERA_MOTIONS)
+  raise UserError(
+    f"{where}={text} is no motion of a camera that the paper's captions name: {meant}"
+  )
 
 
 def quoted(text: str) -> str:

@@ -20,12 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgen_jax.encoders import encoder as encoder_lib
-from mgen_jax.encoders import families, prompts, sizes, tokenizers, weights
+from mgen_jax.encoders import families, prompts, sizes, tokenizers
 from mgen_jax.encoders.prompts import Prompt
 from mgen_jax.errors import ConfigError, UserError
 from mgen_jax.models import clip, t5
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel import rules
+from mgen_jax.weights import stored
 
 ANY = "any"  # an encoder that is whatever its folder holds
 # Families whose features a generator may read.
@@ -132,7 +133,7 @@ class TextStack:
     """Of the weights, by name: what "the same features" depends on besides the config."""
     cfg = self.config
     return {
-      name: weights.read_stored(folder).digest
+      name: stored.read(folder, families.FAMILIES).digest
       for name, folder in zip(cfg.names, cfg.weights, strict=True)
     }
 
@@ -167,9 +168,9 @@ class TextStack:
     self.check()
     cfg, made = self.config, {}
     for index, name in enumerate(cfg.names):
-      stored = weights.read_stored(cfg.weights[index])
-      encoder_lib.check_name(cfg.encoders[index], stored.family, stored.config, stored.folder)
-      made[name] = weights.restore(stored, mesh, cfg.dtype)
+      found = stored.read(cfg.weights[index], families.FAMILIES)
+      encoder_lib.check_name(cfg.encoders[index], found.family.name, found.config, found.folder)
+      made[name] = stored.restore(found, mesh, cfg.dtype)
     return made
 
   def embed(self, params: Any, rows: Rows) -> Rows:
@@ -233,14 +234,15 @@ def _shape(name: str, folder: str) -> tuple[str, Any]:
 
   The folder also says what a name leaves open (activation, pooling).
   """
-  if name != ANY and not weights.is_stored(folder):  # for planning, no weight is needed
+  if name != ANY and not stored.is_stored(folder):  # for planning, no weight is needed
     size = sizes.named(name)
     return size.family, size.config
-  stored = weights.read_stored(folder)
-  encoder_lib.check_name(name, stored.family, stored.config, stored.folder)
-  if stored.family not in _TEXT:
-    raise UserError(f"{folder} holds a {stored.family}: name weights that read texts.")
-  return stored.family, stored.config
+  found = stored.read(folder, families.FAMILIES)
+  family = found.family.name
+  encoder_lib.check_name(name, family, found.config, found.folder)
+  if family not in _TEXT:
+    raise UserError(f"{folder} holds a {family}: name weights that read texts.")
+  return family, found.config
 
 
 @functools.lru_cache(maxsize=32)

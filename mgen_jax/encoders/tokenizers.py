@@ -15,10 +15,7 @@ import numpy as np
 from absl import logging
 
 from mgen_jax.errors import UserError
-
-# Names of a vocabulary in a folder, in the order in which they are looked for.
-SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.model", "sentencepiece.bpe.model")
-TOKENIZER_FILE = "tokenizer.json"
+from mgen_jax.weights.folders import SENTENCEPIECE_FILES, TOKENIZER_FILE
 
 
 class Tokens(NamedTuple):

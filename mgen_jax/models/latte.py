@@ -107,6 +107,7 @@ class LatteConfig:
 
 # Layers, width and heads of the paper's sizes.
 _SHAPES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+HEADS = {width: heads for _, width, heads in _SHAPES.values()}
 _PATCHES = (2, 4, 8)
 SIZES = tuple(f"{name}/{patch}" for name in _SHAPES for patch in _PATCHES)
 # A block of variant 3 has 22 d^2 parameters where those of the others have 18 d^2: as many layers

@@ -11,14 +11,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
-import jax
+import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from mgen_jax.models.autoencoder import Autoencoder, AutoencoderConfig
-from mgen_jax.weights import files
-from mgen_jax.weights.files import WeightsError
+from mgen_jax.weights import checks
+from mgen_jax.weights import rules as rules_lib
+from mgen_jax.weights.checks import WeightsError
+from mgen_jax.weights.rules import Family, Rule, Transform
 
 Flat = Mapping[str, np.ndarray]
 
@@ -114,16 +114,19 @@ def import_image(tensors: Flat, config: AutoencoderConfig, what: str = "the file
     WeightsError: tensors are missing, left over or of another shape; all are listed.
   """
   tensors = {_modern(name): value for name, value in tensors.items()}
-  names, shapes = name_map(config), tensor_shapes(config)
+  shapes = tensor_shapes(config)
   # A linear map may be stored as a 1x1 convolution.
   tensors = {
-    name: value.reshape(value.shape[:2])
-    if value.shape[2:] == (1, 1) and len(shapes.get(name, ())) == 2
+    name: value.reshape(shapes[name])
+    if name in shapes and rules_lib.same_matrix(value.shape, shapes[name])
     else value
     for name, value in tensors.items()
   }
-  files.check_names({name: value.shape for name, value in tensors.items()}, shapes, what)
-  return {ours: _to_ours(ours, tensors[theirs], config) for ours, theirs in names.items()}
+  checks.check_names({name: value.shape for name, value in tensors.items()}, shapes, what)
+  return {
+    rule.target: _inflated(rule, rule.to_ours(np.asarray(tensors[rule.source], np.float32)), config)
+    for rule in rules(config)
+  }
 
 
 def export_image(params: Flat, config: AutoencoderConfig) -> dict[str, np.ndarray]:
@@ -136,20 +139,23 @@ def export_image(params: Flat, config: AutoencoderConfig) -> dict[str, np.ndarra
     WeightsError: parts of the model have no place in diffusers' format.
   """
   _check_exportable(config)
-  return {theirs: _to_theirs(ours, params[ours]) for ours, theirs in name_map(config).items()}
+  return {
+    rule.source: rule.to_theirs(np.asarray(params[rule.target], np.float32))
+    for rule in rules(config)
+  }
 
 
-def name_map(config: AutoencoderConfig) -> dict[str, str]:
-  """Our parameter -> diffusers' tensor, for every tensor of the image model."""
-  pairs: dict[str, str] = {}
+def rules(config: AutoencoderConfig) -> tuple[Rule, ...]:
+  """Our parameter <- diffusers' tensor, for every tensor of the image model."""
+  made: list[Rule] = []
   half = "volume" if config.temporal and config.inflation == "3d" else "spatial"
 
-  def add(ours: str, theirs: str, leaf: str = "kernel") -> None:
-    pairs[f"{ours}/{leaf}"] = f"{theirs}.weight"
-    pairs[f"{ours}/bias"] = f"{theirs}.bias"
+  def add(ours: str, theirs: str, leaf: str, transform: Transform = "none") -> None:
+    made.append(Rule(f"{ours}/{leaf}", f"{theirs}.weight", transform))
+    made.append(Rule(f"{ours}/bias", f"{theirs}.bias"))
 
   def conv(ours: str, theirs: str) -> None:
-    add(f"{ours}/{half}", theirs)
+    add(f"{ours}/{half}", theirs, "kernel", "conv")
 
   def block(ours: str, theirs: str, before: int, after: int) -> None:
     for number in (1, 2):
@@ -171,7 +177,7 @@ def name_map(config: AutoencoderConfig) -> dict[str, str]:
         ("value", "to_v"),
         ("out", "to_out.0"),
       ):
-        add(f"{ours}/spatial/{mine}", f"{theirs}.{their}")
+        add(f"{ours}/spatial/{mine}", f"{theirs}.{their}", "kernel", "transpose")
 
   widths = [config.channels * m for m in config.multipliers]
   last = len(widths) - 1
@@ -198,17 +204,14 @@ def name_map(config: AutoencoderConfig) -> dict[str, str]:
       previous = widths[level]
     if level in config.space_down:  # theirs stands at the end of the level before
       conv(f"decoder/level{level}_up", f"decoder.up_blocks.{last - level - 1}.upsamplers.0.conv")
-  return pairs
+  return tuple(made)
 
 
 def tensor_shapes(config: AutoencoderConfig) -> dict[str, tuple[int, ...]]:
   """Shapes of diffusers' tensors by name, for the image model behind `config`."""
   image = frame_wise(config)
-  model = Autoencoder(image)
-  video = jax.ShapeDtypeStruct((1, 1, *image.space_strides, 3), np.float32)
-  tree = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), video))["params"]
-  flat = traverse_util.flatten_dict(tree, sep="/")
-  return {theirs: _their_shape(ours, flat[ours].shape) for ours, theirs in name_map(image).items()}
+  shapes = rules_lib.boxes(FAMILY, image)
+  return {rule.source: rule.their_shape(shapes[rule.target].value.shape) for rule in rules(image)}
 
 
 def frame_wise(config: AutoencoderConfig) -> AutoencoderConfig:
@@ -222,33 +225,15 @@ def _modern(name: str) -> str:
   return name
 
 
-def _to_ours(ours: str, value: np.ndarray, config: AutoencoderConfig) -> np.ndarray:
-  value = np.asarray(value, np.float32)
-  if not ours.endswith("/kernel"):
+def _inflated(rule: Rule, value: np.ndarray, config: AutoencoderConfig) -> np.ndarray:
+  """A kernel of the 3D model: the image's is its centre tap."""
+  if "/volume/" not in rule.target or rule.transform != "conv":
     return value
-  if value.ndim == 2:
-    return value.T
-  kernel = value.transpose(2, 3, 1, 0)  # [out, in, h, w] -> [h, w, in, out]
-  if "/volume/" not in ours:
-    return kernel
   # A 1x1 convolution has one tap in time; so has every one whose spatial kernel is 1.
-  taps = config.temporal_kernel if kernel.shape[0] > 1 else 1
-  volume = np.zeros((taps, *kernel.shape), np.float32)
-  volume[taps // 2] = kernel
+  taps = config.temporal_kernel if value.shape[0] > 1 else 1
+  volume = np.zeros((taps, *value.shape), np.float32)
+  volume[taps // 2] = value
   return volume
-
-
-def _to_theirs(ours: str, value: np.ndarray) -> np.ndarray:
-  value = np.asarray(value, np.float32)
-  if not ours.endswith("/kernel"):
-    return value
-  return value.T if value.ndim == 2 else value.transpose(3, 2, 0, 1)
-
-
-def _their_shape(ours: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-  if not ours.endswith("/kernel"):
-    return shape
-  return shape[::-1] if len(shape) == 2 else (shape[3], shape[2], shape[0], shape[1])
 
 
 def _check_exportable(config: AutoencoderConfig) -> None:
@@ -267,3 +252,15 @@ def _check_exportable(config: AutoencoderConfig) -> None:
       f"diffusers' AutoencoderKL has no such model ({', '.join(wrong)}): only models with the"
       " layout of Stable Diffusion's can be exported."
     )
+
+
+def _inputs(config: AutoencoderConfig) -> tuple:
+  return (jnp.zeros((1, 1, *config.space_strides, 3)),)
+
+
+FAMILY = Family(
+  *("autoencoder_kl", AutoencoderConfig, Autoencoder, _inputs, rules, _modern),
+  *(lambda hf, shapes: model_config(hf), diffusers_config, ("AutoencoderKL",)),
+  file="diffusion_pytorch_model",
+  verbatim=True,
+)

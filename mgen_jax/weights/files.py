@@ -9,27 +9,36 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from mgen_jax.errors import UserError
-
-_UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_LISTED = 200  # names in one message; a file of another model has thousands
-
-
-class WeightsError(UserError):
-  """A file of weights that cannot be used."""
+from mgen_jax.weights import folders, stored, transfer
+from mgen_jax.weights.checks import WeightsError
+from mgen_jax.weights.families import FAMILIES
 
 
 def read_tensors(path: Path | str) -> dict[str, np.ndarray]:
-  """All tensors of a safetensors file as fp32, by name.
+  """All tensors of weights of others as fp32, by the names that they have there.
+
+  Args:
+    path: a safetensors file, a folder of them as diffusers lays it out, or one that
+      `python -m mgen_jax.convert` made of either.
 
   Raises:
-    WeightsError: no such file, another format, or damaged.
+    UserError: no such file, another format, or damaged.
   """
   path = Path(path)
-  if path.suffix in _UNSAFE:
+  if path.is_dir() and stored.is_stored(path):
+    found = transfer.tensors(stored.read(path, FAMILIES))
+    return {tensor.name: read().astype(np.float32) for tensor, read in found}
+  if path.is_dir():
+    read = [_read_file(file) for file in folders.Source(path).files]
+    return {name: array for tensors in read for name, array in tensors.items()}
+  if path.suffix in folders.PICKLED:
     raise WeightsError(
       f"{path} is a pickle, which can run code: convert it with safetensors.torch.save_file first."
     )
+  return _read_file(path)
+
+
+def _read_file(path: Path) -> dict[str, np.ndarray]:
   try:
     with safetensors.safe_open(str(path), framework="np") as file:
       return {name: _as_float(file, name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -62,33 +71,3 @@ def write_tensors(path: Path | str, tensors: Mapping[str, np.ndarray]) -> None:
     safetensors.numpy.save_file(tensors, str(path))
   except (OSError, safetensors.SafetensorError) as error:
     raise WeightsError(f"{path} could not be written ({error}).") from error
-
-
-def check_names(
-  found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], what: str
-) -> None:
-  """Compares names and shapes, and lists every difference at once.
-
-  Args:
-    found: shapes by name in the file.
-    wanted: shapes by name that the model has.
-    what: the file, for the message.
-
-  Raises:
-    WeightsError: they differ.
-  """
-  faults = [f"missing: {name} {wanted[name]}" for name in sorted(set(wanted) - set(found))]
-  faults += [f"extra: {name} {found[name]}" for name in sorted(set(found) - set(wanted))]
-  faults += [
-    f"shape: {name} is {found[name]} instead of {wanted[name]}"
-    for name in sorted(set(found) & set(wanted))
-    if tuple(found[name]) != tuple(wanted[name])
-  ]
-  if faults:
-    more = f"\n  and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
-    raise WeightsError(
-      f"{what} does not fit the model in {len(faults)} tensors; give the model the file's channels,"
-      " levels and latent channels, or name another file:\n  "
-      + "\n  ".join(faults[:_LISTED])
-      + more
-    )

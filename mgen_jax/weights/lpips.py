@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from mgen_jax.models.perceptual import VGG16
-from mgen_jax.weights import files
+from mgen_jax.weights import checks
 
 
 def import_lpips(
@@ -40,7 +40,7 @@ def import_lpips(
     layer += 1  # and each group by its pooling
     pairs[f"weight{group}"] = f"lin{group}.model.1.weight"
     shapes[f"lin{group}.model.1.weight"] = (1, widths[-1])
-  files.check_names({name: value.shape for name, value in found.items()}, shapes, what)
+  checks.check_names({name: value.shape for name, value in found.items()}, shapes, what)
   out = {}
   for ours, theirs in pairs.items():
     value = np.asarray(found[theirs], np.float32)

@@ -1,21 +1,31 @@
 """Weights come in from public files and go out again bit for bit; what is wrong is said."""
 
+import dataclasses
+import gc
+import hashlib
 import json
+import mmap
+import os
 import subprocess
 import sys
+import tracemalloc
+import weakref
 
 import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from absl import flags
 from safetensors.numpy import load_file, save_file
 
 from mgen_jax import convert, encoders
-from mgen_jax.encoders import files, weights
+from mgen_jax.encoders.families import FAMILIES
 from mgen_jax.errors import UserError
 from mgen_jax.models.llama import LlamaConfig
 from mgen_jax.parallel import mesh as mesh_lib
+from mgen_jax.weights import folders, stored, transfer
+from mgen_jax.weights.match import match
 from tests.encoders import toys
 
 LLAMA = LlamaConfig(50, 16, 2, 4, 2, 24, 64, dtype="float32")
@@ -54,12 +64,13 @@ def test_in_and_out_again_is_bit_for_bit(tmp_path, caplog, family, config, dtype
   assert same_bits(before, after)
   count = len(before)
   assert f"{count} of {count} tensors have the very bits" in caplog.text
-  manifest = json.loads((tmp_path / "ours" / "encoder.json").read_text())
-  facts = [fact for entry in manifest["tensors"].values() for fact in entry["sources"]]
-  assert {fact["name"] for fact in facts} == before.keys()
-  assert all(len(fact["sha256"]) == 64 for fact in facts)
-  with files.Source(tmp_path / "back") as source:  # as whoever comes next reads it
-    weights.match(source).complain(tmp_path)
+  manifest = json.loads((tmp_path / "ours" / "weights.json").read_text())
+  facts = manifest["sources"]
+  assert facts.keys() == before.keys()
+  for name, fact in facts.items():
+    assert fact["sha256"] == hashlib.sha256(before[name].tobytes()).hexdigest()
+  # As whoever comes next reads it.
+  match(folders.Source(tmp_path / "back"), FAMILIES).complain(tmp_path)
 
 
 def test_a_whole_and_a_converted_folder_load_alike_on_any_mesh(tmp_path):
@@ -79,8 +90,8 @@ def test_a_whole_and_a_converted_folder_load_alike_on_any_mesh(tmp_path):
 def test_weights_may_be_stored_in_bf16_and_still_come_back(tmp_path):
   source = toys.write(tmp_path / "hf", "t5", toys.BYT5)
   run(f"--source={source}", f"--out={tmp_path / 'ours'}", "--dtype=bfloat16")
-  stored = weights.read_stored(tmp_path / "ours")
-  assert {entry["dtype"] for entry in stored.tensors.values()} == {"bfloat16"}
+  found = stored.read(tmp_path / "ours", FAMILIES)
+  assert {entry["dtype"] for entry in found.tensors.values()} == {"bfloat16"}
   run(f"--source={tmp_path / 'ours'}", f"--out={tmp_path / 'back'}")
   after = load_file(tmp_path / "back" / "model.safetensors")
   for name, value in toys.tensors("t5", toys.BYT5).items():
@@ -88,28 +99,59 @@ def test_weights_may_be_stored_in_bf16_and_still_come_back(tmp_path):
     np.testing.assert_array_equal(after[name], value.astype(ml_dtypes.bfloat16))
 
 
-def test_no_more_than_one_parameter_and_one_tensor_are_held(tmp_path, monkeypatch):
-  """Counted where they are made: nothing is kept from one to the next."""
-  source = toys.write(tmp_path / "hf", "t5", toys.BYT5)
-  alive = []
-  read, save = files.Source.read, weights._save_one
+def test_host_memory_stays_under_two_tensors_both_ways(tmp_path, monkeypatch):
+  """A stack of 24 matrices: what numpy holds, what is still mapped when the next one is read."""
+  small = toys.write(tmp_path / "small", "t5", toys.BYT5)
+  run(f"--source={small}", f"--out={tmp_path / 'first'}")  # what is imported counts for nothing
+  run(f"--source={tmp_path / 'first'}", f"--out={tmp_path / 'first_back'}")
+  config = dataclasses.replace(toys.BYT5, width=256, mlp_width=1024, layers=24)
+  source = toys.write(tmp_path / "hf", "t5", config)
+  tensor = 256 * 1024 * 4
+  monkeypatch.setattr(stored, "CHUNK_BYTES", tensor // 4)
+  gc.collect()
+  read, before, alive = folders.Source.read, len(jax.live_arrays()), []
 
   def counted(self, name):
-    array = read(self, name)
-    alive.append(array.nbytes)
+    assert len(jax.live_arrays()) <= before  # none on the devices either
+    assert all(other() is None for other in alive)
+    pages = array = read(self, name)
+    while isinstance(pages, np.ndarray):
+      pages = pages.base
+    alive[:] = [weakref.ref(pages)]
+    assert isinstance(pages, mmap.mmap)  # pages of the system's, not memory of ours
     return array
 
-  before = jax.live_arrays()
+  monkeypatch.setattr(folders.Source, "read", counted)
+  peaks = []
+  for arguments in (
+    (f"--source={source}", f"--out={tmp_path / 'ours'}", "--mesh=fsdp=2"),
+    (f"--source={tmp_path / 'ours'}", f"--out={tmp_path / 'back'}"),
+  ):
+    tracemalloc.start()
+    run(*arguments)
+    peaks.append(tracemalloc.get_traced_memory()[1])
+    tracemalloc.stop()
+  assert max(peaks) < 2 * tensor
+  chunks = sorted(path.name for path in (tmp_path / "ours/params/layers.mlp.up.kernel").iterdir())
+  assert len(chunks) == 1 + 24 * 4  # of each layer two shards, halved
 
-  def saved(folder, path, array):
-    mine = [x for x in jax.live_arrays() if not any(x is other for other in before)]
-    assert sum(x.nbytes for x in mine) <= 2 * array.nbytes, path  # itself, and its last piece
-    save(folder, path, array)
 
-  monkeypatch.setattr(files.Source, "read", counted)
-  monkeypatch.setattr(weights, "_save_one", saved)
-  run(f"--source={source}", f"--out={tmp_path / 'ours'}")
-  assert len(alive) == len(toys.tensors("t5", toys.BYT5))  # each was read once
+def test_chunks_are_the_shards_of_the_mesh_that_will_read(tmp_path):
+  source = toys.write(tmp_path / "hf", "t5", toys.BYT5)
+  run(f"--source={source}", f"--out={tmp_path / 'ours'}", "--mesh=fsdp=4,tensor=2")
+  found = stored.read(tmp_path / "ours", FAMILIES)
+  assert found.tensors["layers/mlp/up/kernel"]["chunks"] == [1, 4, 12]
+  whole = encoders.load("any", source, devices=jax.devices()[:1])
+  made = encoders.load("any", tmp_path / "ours", devices=jax.devices()[:1])
+  jax.tree.map(np.testing.assert_array_equal, whole.params, made.params)
+
+
+def test_what_is_written_is_a_checkpoint_that_orbax_reads(tmp_path):
+  run(f"--source={toys.write(tmp_path / 'hf', 't5', toys.BYT5)}", f"--out={tmp_path / 'ours'}")
+  with ocp.StandardCheckpointer() as checkpointer:
+    tree = checkpointer.restore(tmp_path / "ours" / "params")
+  made = encoders.load("any", tmp_path / "ours", devices=jax.devices()[:1])
+  jax.tree.map(np.testing.assert_array_equal, tree, made.params)
 
 
 def test_a_dry_run_writes_nothing_and_shows_what_it_would(tmp_path, capsys):
@@ -131,10 +173,10 @@ def test_old_and_new_names_are_read_alike_and_other_parts_are_left_out(tmp_path)
   mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1])
   for made in (new, old):
     save_file(made, folder / "model.safetensors")
-    with files.Source(folder) as source:
-      matched = weights.match(source)
-      matched.complain(folder)
-      params.append(weights.read_params(source, matched, mesh))
+    source = folders.Source(folder)
+    matched = match(source, FAMILIES)
+    matched.complain(folder)
+    params.append(transfer.read_params(source, matched, mesh))
   assert set(matched.ignored) == {
     "logit_scale", "visual_projection.weight", "text_model.embeddings.position_ids",
   }  # fmt: skip
@@ -148,17 +190,16 @@ def test_the_decoder_of_a_t5_is_left_out(tmp_path):
   extra |= {"lm_head.weight": made["shared.weight"]}
   extra |= {"encoder.embed_tokens.weight": made["shared.weight"].copy()}
   save_file({**made, **extra}, folder / "model.safetensors")
-  with files.Source(folder) as source:
-    matched = weights.match(source)
-    matched.complain(folder)
+  matched = match(folders.Source(folder), FAMILIES)
+  matched.complain(folder)
   assert set(matched.ignored) == set(extra)
 
 
 def test_positions_are_stretched_on_the_way(tmp_path):
   source = toys.write(tmp_path / "hf", "clip_text", toys.CLIP)
   run(f"--source={source}", f"--out={tmp_path / 'ours'}", "--positions=256")
-  stored = weights.read_stored(tmp_path / "ours")
-  assert stored.config.max_positions == 256
+  found = stored.read(tmp_path / "ours", FAMILIES)
+  assert found.config.max_positions == 256
   run(f"--source={tmp_path / 'ours'}", f"--out={tmp_path / 'back'}")
   after = load_file(tmp_path / "back" / "model.safetensors")
   name = "embeddings.position_embedding.weight"
@@ -210,12 +251,12 @@ def test_a_dtype_that_is_not_a_float_is_refused(tmp_path):
 )
 def test_an_index_that_points_outside_its_folder_is_refused(tmp_path, where):
   folder = toys.write(tmp_path / "hf", "t5", toys.BYT5, shards=2)
-  path = folder / files.INDEX_NAME
+  path = folder / "model.safetensors.index.json"
   index = json.loads(path.read_text())
   index["weight_map"]["shared.weight"] = where
   path.write_text(json.dumps(index))
   with pytest.raises(UserError, match="outside its folder"):
-    files.Source(folder)
+    folders.Source(folder)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 200, -1])
@@ -224,25 +265,25 @@ def test_a_truncated_file_is_named(tmp_path, keep):
   path = folder / "model.safetensors"
   path.write_bytes(path.read_bytes()[:keep])
   with pytest.raises(UserError, match=r"model\.safetensors is cut short or is not"):
-    files.Source(folder)
+    folders.Source(folder)
 
 
 def test_other_faults_of_a_folder_are_one_sentence(tmp_path):
   folder = toys.write(tmp_path / "hf", "t5", toys.BYT5, shards=2)
   (folder / "model-00002-of-00002.safetensors").unlink()
   with pytest.raises(UserError, match="which is missing"):
-    files.Source(folder)
+    folders.Source(folder)
   pickled = tmp_path / "pickled"
   pickled.mkdir()
   (pickled / "config.json").write_text('{"model_type": "t5"}')
   (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04")
   with pytest.raises(UserError, match=r"pytorch_model\.bin.*can run code.*weights_only=True"):
-    files.Source(pickled)
+    folders.Source(pickled)
   with pytest.raises(UserError, match="is not a folder"):
-    files.Source(tmp_path / "nowhere")
+    folders.Source(tmp_path / "nowhere")
   (pickled / "config.json").write_text("{")
   with pytest.raises(UserError, match=r"config\.json cannot be read"):
-    files.Source(pickled)
+    folders.Source(pickled)
   other = toys.write(tmp_path / "other", "t5", toys.BYT5)
   (other / "config.json").write_text('{"model_type": "gpt2"}')
   with pytest.raises(UserError, match="model_type 'gpt2', which is not known"):
@@ -265,6 +306,35 @@ def test_a_damaged_parameter_is_named(tmp_path):
       path.write_bytes(b"")
   with pytest.raises(UserError, match=r"layers\.mlp\.up\.kernel is damaged"):
     encoders.load("any", tmp_path / "ours")
+
+
+def test_a_fault_on_the_way_leaves_nothing_behind(tmp_path, monkeypatch):
+  source, read, count = toys.write(tmp_path / "hf", "t5", toys.BYT5), folders.Source.read, []
+
+  def failing(self, name):
+    count.append(name)
+    if len(count) == 5:
+      raise UserError(f"{name} cannot be read")
+    return read(self, name)
+
+  monkeypatch.setattr(folders.Source, "read", failing)
+  with pytest.raises(UserError, match="cannot be read"):
+    run(f"--source={source}", f"--out={tmp_path / 'ours'}")
+  assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_disk_that_takes_no_more_is_said_in_one_line(tmp_path):
+  source = toys.write(tmp_path / "hf", "t5", toys.BYT5)
+  command = [sys.executable, "-m", "mgen_jax.convert", f"--source={source}", "--out=ours"]
+  done = subprocess.run(
+    ["sh", "-c", 'ulimit -f 4; exec "$@"', "sh", *command],
+    capture_output=True, text=True, check=False, cwd=tmp_path,
+    env={**os.environ, "PYTHONPATH": os.getcwd()},
+  )  # fmt: skip
+  assert done.returncode == 2
+  assert "could not be written" in done.stderr and done.stderr.count("error: ") == 1
+  assert "Traceback" not in done.stderr
+  assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_the_command_says_its_faults_in_one_line(tmp_path):

@@ -133,6 +133,16 @@ def t5(tmp_path_factory):
   return encoders.load("any", folder)
 
 
+def test_a_motion_of_the_camera_is_one_of_the_classes_of_curation():
+  assert prompts.camera_motion(" Pan  LEFT", "--camera") == "pan left"
+  with pytest.raises(UserError, match=r"--camera=zoom inn .*: did you mean zoom in or zoom out"):
+    prompts.camera_motion("zoom inn", "--camera")
+  with pytest.raises(UserError, match=r"known: arc shot, .*zoom out"):
+    prompts.camera_motion("xyz", "--camera")
+  camera = pytest.importorskip("data_pipelines.curate.stages.camera", exc_type=ImportError)
+  assert prompts.CAMERA_MOTIONS == camera.CLASSES
+
+
 def test_a_list_of_prompts_is_embedded_in_one_line(t5):
   made = t5(CAPTIONS[:5])
   length = made.mask.shape[1]

@@ -6,16 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
-import jax
 import ml_dtypes
 import numpy as np
 import sentencepiece
 from safetensors.numpy import save_file
 
-from mgen_jax.encoders import families
+from mgen_jax.convert import FAMILIES
 from mgen_jax.models.clip import ClipTextConfig
 from mgen_jax.models.t5 import T5Config
+from mgen_jax.weights import rules
 
 T5 = T5Config(300, 24, 2, 2, 8, 40, "gated_silu", dtype="float32")
 BYT5 = T5Config(384, 16, 2, 2, 8, 24, "gated_gelu", dtype="float32")
@@ -26,16 +25,11 @@ def tensors(family: str, config: Any, seed: int = 0, dtype: Any = np.float32) ->
   """Random tensors by their public names."""
   rng = np.random.default_rng(seed)
   made = {}
-  shapes = nn.unbox(families.boxed_shapes(family, config))
-  by_path = {
-    jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
-  }
-  for rule in families.FAMILIES[family].rules(config):
-    shape = by_path[rule.target]
-    names = [rule.source.format(i=i) for i in range(shape[0])] if rule.layered else [rule.source]
-    one = families.their_shape(shape[1:] if rule.layered else shape, rule.transform)
-    for name in names:
+  shapes = rules.boxes(FAMILIES[family], config)
+  for rule in FAMILIES[family].rules(config):
+    shape = shapes[rule.target].value.shape
+    one = rule.their_shape(shape)
+    for name in rule.names(shape):
       value = rng.normal(0.0, 0.3, one) + rule.target.endswith("scale")
       made[name] = np.ascontiguousarray(value.astype(dtype))
   return made
@@ -47,7 +41,7 @@ def write(
   """A folder of safetensors with its config.json, and an index where there are several files."""
   folder.mkdir(parents=True, exist_ok=True)
   made = tensors(family, config, seed, dtype)
-  hf = families.FAMILIES[family].to_hf(config)
+  hf = FAMILIES[family].to_hf(config)
   (folder / "config.json").write_text(json.dumps(hf))
   if shards == 1:
     save_file(made, folder / "model.safetensors")

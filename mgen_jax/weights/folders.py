@@ -2,10 +2,9 @@
 
 Nothing here trusts a file: an index may not point outside its folder, a file that is cut short or
 brings another type than floats is named, and pickled weights, which can run code when they are
-read, are refused. Not here: what the tensors mean (`families.py`).
+read, are refused. Not here: what the tensors mean (`rules.py`).
 """
 
-import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,8 +18,12 @@ from mgen_jax.data.files import publish, temporary_beside, write_text_atomic
 from mgen_jax.errors import UserError
 
 CONFIG_NAME = "config.json"
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+# How the files of transformers and of diffusers are called, before ".safetensors".
+STEMS = ("model", "diffusion_pytorch_model")
+_INDEX = ".safetensors.index.json"
+# Names of a vocabulary beside weights, in the order in which they are looked for.
+SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.model", "sentencepiece.bpe.model")
+TOKENIZER_FILE = "tokenizer.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Of safetensors; other types are no weights, or are packed in a way that only their writer knows.
@@ -39,77 +42,76 @@ class Tensor(NamedTuple):
   file: str
   dtype: str  # as safetensors names it
   shape: tuple[int, ...]
+  offset: int  # of its bytes in the file
 
 
 class Source:
-  """The tensors of a folder; use it in a `with`. Files stay open and are mapped, not loaded.
+  """The tensors of a folder of safetensors, or of one file.
 
   Attributes:
     folder: of the files.
-    config: config.json.
+    config: config.json; {} where there is none.
     tensors: by name.
 
   Raises:
     UserError: there are no safetensors, or a file or the index cannot be used.
   """
 
-  def __init__(self, folder: Path | str):
-    self.folder = Path(folder)
-    if not self.folder.is_dir():
-      raise UserError(f"{folder} is not a folder: name one with config.json and safetensors.")
-    self.config = read_json(self.folder / CONFIG_NAME)
-    self._stack = contextlib.ExitStack()
-    self._files: dict[str, Any] = {}
+  def __init__(self, path: Path | str):
+    self.path = path = Path(path)
+    if path.is_file():
+      self.folder, names = path.parent, [path.name]
+    elif path.is_dir():
+      self.folder, names = path, None
+    else:
+      raise UserError(
+        f"{path} is not a folder with config.json and safetensors, nor one such file: name one."
+      )
+    config = self.folder / CONFIG_NAME
+    self.config = read_json(config) if config.exists() else {}
     self.tensors: dict[str, Tensor] = {}
-    try:
-      index = self._index()
-      names = sorted(set(index.values())) if index else [SINGLE_NAME]
-      for name in names:
-        self._open(name)
-      lost = sorted(set(index) - set(self.tensors))
-      if lost:
-        raise UserError(
-          f"{self.folder / INDEX_NAME} names {lost[0]} and {len(lost) - 1} more that are in none "
-          "of its files: get the folder anew."
-        )
-    except BaseException:
-      self.close()
-      raise
-
-  def __enter__(self) -> "Source":
-    return self
-
-  def __exit__(self, *_) -> None:
-    self.close()
-
-  def close(self) -> None:
-    self._stack.close()
-    self._files = {}
+    index = {} if names else self._index()
+    for name in names or sorted(set(index.values())) or [self._single()]:
+      self._open(name)
+    lost = sorted(set(index) - set(self.tensors))
+    if lost:
+      raise UserError(
+        f"the index of {self.folder} names {lost[0]} and {len(lost) - 1} more that are in none "
+        "of its files: get the folder anew."
+      )
 
   def read(self, name: str) -> np.ndarray:
-    """One tensor.
+    """One tensor, read-only: a view of the file's pages, which take no memory of the process.
 
     Raises:
       UserError: it cannot be read.
     """
-    import safetensors  # a shared library: loaded where it is used
-
     tensor = self.tensors[name]
+    dtype, path = FLOATS[tensor.dtype], self.folder / tensor.file
+    if 0 in tensor.shape:
+      return np.empty(tensor.shape, dtype)
     try:
-      return self._files[tensor.file].get_tensor(name)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-      raise UserError(f"{self.folder / tensor.file}: {name} cannot be read ({error}).") from error
+      # A new mapping for each tensor: what was read before is given back with its array.
+      return np.memmap(path, dtype, "r", tensor.offset, tensor.shape or (1,)).reshape(tensor.shape)
+    except (OSError, ValueError) as error:
+      raise UserError(f"{path}: {name} cannot be read ({error}).") from error
 
   @property
   def files(self) -> tuple[Path, ...]:
     """The safetensors files."""
-    return tuple(self.folder / name for name in self._files)
+    return tuple(self.folder / name for name in sorted({t.file for t in self.tensors.values()}))
+
+  def _single(self) -> str:
+    found = [f"{stem}.safetensors" for stem in STEMS]
+    found = [name for name in found if (self.folder / name).exists()]
+    if not found:
+      raise UserError(_nothing(self.folder))
+    return found[0]
 
   def _index(self) -> dict[str, str]:
-    path = self.folder / INDEX_NAME
-    if not path.exists():
-      if not (self.folder / SINGLE_NAME).exists():
-        raise UserError(_nothing(self.folder))
+    paths = (self.folder / f"{stem}{_INDEX}" for stem in STEMS)
+    path = next(filter(Path.exists, paths), None)
+    if path is None:
       return {}
     index = read_json(path).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
@@ -125,20 +127,24 @@ class Source:
     path = self.folder / name
     if path.suffix != ".safetensors":
       raise UserError(f"{path} is not a safetensors file. {_how(path)}")
-    import safetensors
+    import safetensors  # a shared library: loaded where it is used
 
     try:
-      file = self._stack.enter_context(safetensors.safe_open(path, framework="np"))
+      with safetensors.safe_open(path, framework="np"):  # checks the header against the file
+        pass
+      with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
     except (safetensors.SafetensorError, OSError) as error:
       raise UserError(
         f"{path} is cut short or is not a safetensors file ({error}): get it anew."
       ) from error
-    self._files[name] = file
-    for key in file.keys():  # noqa: SIM118 (not a mapping)
-      part = file.get_slice(key)
+    header.pop("__metadata__", None)
+    for key, entry in header.items():
       if key in self.tensors:
         raise UserError(f"{key} is in {self.tensors[key].file} and in {name} of {self.folder}.")
-      self.tensors[key] = Tensor(name, part.get_dtype(), tuple(part.get_shape()))
+      offset = 8 + size + entry["data_offsets"][0]
+      self.tensors[key] = Tensor(name, entry["dtype"], tuple(entry["shape"]), offset)
 
 
 def check_floats(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -173,7 +179,7 @@ def _nothing(folder: Path) -> str:
   pickled = sorted(path for path in folder.iterdir() if path.suffix in PICKLED)
   if pickled:
     return f"{folder} holds pickled weights only ({pickled[0].name}). {_how(pickled[0])}"
-  return f"{folder} holds no {SINGLE_NAME} and no {INDEX_NAME}: name a folder that does."
+  return f"{folder} holds no model.safetensors and no model{_INDEX}: name a folder that does."
 
 
 def _how(path: Path) -> str:
@@ -206,6 +212,7 @@ def write_folder(
   tensors: list[ToWrite],
   arrays: Iterable[np.ndarray],
   *,
+  stem: str = STEMS[0],
   shard_bytes: int = 10 * 2**30,
   progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
@@ -218,6 +225,7 @@ def write_folder(
     folder: exists.
     tensors: what will come, in this order.
     arrays: the arrays, in the same order.
+    stem: name of a single file, without its ending.
     shard_bytes: after which a new file begins.
     progress: called with (bytes written, bytes in all).
 
@@ -234,10 +242,10 @@ def write_folder(
     if parts[-1] and sum(t.bytes for t in parts[-1]) + tensor.bytes > shard_bytes:
       parts.append([])
     parts[-1].append(tensor)
-  names = [SINGLE_NAME]
+  names = [f"{stem}.safetensors"]
   if len(parts) > 1:
     count = len(parts)
-    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
   total, done, stream = sum(t.bytes for t in tensors), 0, iter(arrays)
   for name, part in zip(names, parts, strict=True):
     for written in _write(folder / name, part, stream):
@@ -250,7 +258,7 @@ def write_folder(
   if len(parts) > 1:
     index = {t.name: name for name, part in zip(names, parts, strict=True) for t in part}
     record = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
-    write_text_atomic(folder / INDEX_NAME, json.dumps(record, indent=2) + "\n")
+    write_text_atomic(folder / f"{stem}{_INDEX}", json.dumps(record, indent=2) + "\n")
   return [folder / name for name in names]
 
 
@@ -276,6 +284,7 @@ def _write(path: Path, tensors: list[ToWrite], arrays: Iterator[np.ndarray]) -> 
         if array.shape != tensor.shape or array.dtype != tensor.dtype:
           raise ValueError(f"{tensor}: got {array.dtype} {array.shape}")
         file.write(raw(array))
+        del array  # before the next one is made
         yield tensor.bytes
     publish(temporary, path)
   except OSError as error:
