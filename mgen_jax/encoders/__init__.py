@@ -8,17 +8,17 @@ The pieces:
   encoder     one encoder and its tokenizer, for a list of prompts or images
   stack       several that a generator reads together, in the training step or before it
   sizes       encoders by name
-  prompts     what is put before a caption, and which part of it is read
   tokenizers  SentencePiece, bytes, BPE
   families    what public files call the parameters of each module
   weights     safetensors <-> folders of ours, tensor by tensor
   files       folders of safetensors
 
-Not here: the modules themselves (`mgen_jax/models`), which know nothing of files.
+Not here: the modules themselves (`mgen_jax/models`), which know nothing of files; what is put before
+a caption, and which part of it is read (`mgen_jax/data/prompts.py`).
 """
 
+from mgen_jax.data.prompts import Prompt
 from mgen_jax.encoders.encoder import ONEDNN, Embedded, Encoder, load
-from mgen_jax.encoders.prompts import Prompt
 from mgen_jax.encoders.stack import StackConfig, TextStack
 
 __all__ = ["ONEDNN", "Embedded", "Encoder", "Prompt", "StackConfig", "TextStack", "load"]

@@ -17,6 +17,7 @@ pytest.importorskip("cv2")
 from data_pipelines.curate import decode
 from data_pipelines.curate.decode import DecodeError, Guard, Limits, refuse_link
 from data_pipelines.curate.stages.motion import Motion
+from data_pipelines.curate.stages.packets import Packets
 from data_pipelines.curate.stages.probe import Probe
 from data_pipelines.curate.stages.scan import Scan
 from data_pipelines.curate.stages.split import Split
@@ -63,6 +64,7 @@ def pid():
 def curate(path):
   """Probes and watches a file as a run does: its error code, or "" and its scores."""
   row = {"source_id": "x"} | Probe(max_pixels=4_000_000, max_duration=3600.0).score(path)
+  row |= {} if row["error_code"] else Packets().score(path)
   if row["error_code"]:
     return row["error_code"], None
   split = Split(head=0.0, shortest=0.5)
