@@ -1,7 +1,7 @@
 """How much slower than decoding is curation, does it scale with processes, what does Ray cost?
 
   python -m benchmarks.curation --out=curation.json
-  python -m benchmarks.curation --bitrate=0 --input=videos --processes=1,2,4 --engines=local,ray
+  python -m benchmarks.curation --input=videos --processes=1,2,4 --engines=local,ray
 
 Raw decode is PyAV's decoder on one thread in each of as many processes, over the same files; the
 pipeline is the whole weight-free one (probe to buckets, every frame seen by all of its stages).
@@ -11,8 +11,8 @@ long run does not notice (Ray's processes are not our children, so it has the st
 Without --input it writes films of moving, grainy textures at the bit rate that uploads have: what
 YouTube recommends for H.264 at 24 to 30 frames a second, for example 5 Mbit/s for 720p and 8 for
 1080p ("Recommended upload encoding settings"). The rate matters: a film of a tenth of it decodes in
-half the time, which makes whatever else is done look dear. --bitrate=0 leaves it to the encoder (crf
-23 without B-frames' gains: about 0.8 Mbit/s for 720p), as an archive of low rates would be.
+half the time, which makes whatever else is done look dear. --bitrate=0 leaves it to the encoder
+(crf 23: 0.8 Mbit/s for 720p).
 """
 
 import itertools

@@ -57,6 +57,7 @@ CURATION_PACKAGES = {
 ENGINES = {"ray", "apache_beam"}
 ABOVE_STAGES = {
   *("config", "engines", "export", "funnel", "report", "run", "select", "sources", "store", "work"),
+  *("command", "shards"),
 }
 
 UNSAFE_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

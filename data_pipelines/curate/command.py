@@ -13,7 +13,7 @@ from rich import console
 from rich import progress as rich_progress
 
 from data_pipelines.curate import config as config_lib
-from data_pipelines.curate import engines, export, funnel, report, sources
+from data_pipelines.curate import engines, export, funnel, report, shards, sources
 from data_pipelines.curate import run as running
 from mgen_jax.errors import UserError
 
@@ -60,6 +60,8 @@ def _run(config: config_lib.CurateConfig, recipe) -> None:
       table = _decide(run, config)
       if values.export:
         made = export.export(run, table, engine, config.export, limits=config.limits, progress=bar)
+        if config.export.shards:
+          sharded = shards.write(run, engine, config.export, progress=bar)
   finally:
     engine.close()
   print(
@@ -72,6 +74,11 @@ def _run(config: config_lib.CurateConfig, recipe) -> None:
       f"{made['clips']} clips, {made['bytes'] / 1e6:.1f} MB:"
       f" {run.store.root / export.FOLDER}{failed}"
     )
+    if config.export.shards:
+      print(
+        f"{sharded['records']} of them in {sharded['shards']} shards of {sharded['buckets']}"
+        f" buckets: {run.store.root / shards.FOLDER}"
+      )
 
 
 def _decide(run: running.Run, config: config_lib.CurateConfig):
@@ -110,7 +117,7 @@ def _what_if(config, recipe, output: str, changes: Sequence[str]) -> None:
 
 
 def _verify(run: running.Run) -> None:
-  found = run.store.faults() + export.faults(run)
+  found = run.store.faults() + export.faults(run) + shards.faults(run)
   for sentence in found:
     print(sentence)
   if found:

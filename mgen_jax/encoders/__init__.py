@@ -13,8 +13,8 @@ The pieces:
   weights     safetensors <-> folders of ours, tensor by tensor
   files       folders of safetensors
 
-Not here: the modules themselves (`mgen_jax/models`), which know nothing of files; what is put before
-a caption, and which part of it is read (`mgen_jax/data/prompts.py`).
+Not here: the modules themselves (`mgen_jax/models`), which know nothing of files; what is put
+before a caption, and which part of it is read (`mgen_jax/data/prompts.py`).
 """
 
 from mgen_jax.data.prompts import Prompt

@@ -21,6 +21,7 @@ _STILL = 12.0  # over time
 _EDGE = 3.0  # grey levels between a bar and the picture
 _STRONG_EDGE = 12.0  # between a blurred bar and the picture
 _ALONG = 0.9  # of the side
+_GROUND = 0.5  # of the rows behind a bar; if so many are like it, it is none
 _DEEPEST = 0.45  # of the picture, a bar on one side
 
 
@@ -35,6 +36,7 @@ class Border(FrameStage):
   """
 
   name: ClassVar[str] = "border"
+  code: ClassVar[int] = 2
   live: ClassVar[bool] = True
   columns: ClassVar[dict[str, pa.DataType]] = {
     "border_top": pa.float64(),  # of the height, like bottom
@@ -135,6 +137,8 @@ def _flat_bar(mean, change, lines, least) -> int:
   depth = int(np.argmin(alike)) if not alike.all() else len(alike)
   if depth < least or depth > _DEEPEST * len(mean):
     return 0
+  if alike[depth:].mean() >= _GROUND:
+    return 0  # the ground of the picture, before a line of text or a thing that spans it
   # Where the picture begins: lossy coding smears the edge over a few rows.
   inside = mean[min(depth + 2, len(mean) - 1)]
   outside = mean[max(depth - 2, 0)]

@@ -34,7 +34,7 @@ class Packets(stage.SourceStage):
       return {
         "packets_md5": None,
         "error_code": "damaged",
-        "error": f"{path} is damaged: the part at byte {place} has not the checksum that it states.",
+        "error": f"{path} is damaged: the part at byte {place} lacks the checksum it states.",
       }
     digest = hashlib.md5(usedforsecurity=False)
     count = 0
