@@ -132,6 +132,7 @@ class RowStage(Stage):
   """From one clip's scores alone (aspect ratio, bucket, caption)."""
 
   def score(self, row: Row) -> dict[str, Any]:
+    """Its columns; `row` holds those of its source, and all that stages before it wrote."""
     raise NotImplementedError
 
 

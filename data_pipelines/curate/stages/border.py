@@ -21,7 +21,7 @@ _STILL = 12.0  # over time
 _EDGE = 3.0  # grey levels between a bar and the picture
 _STRONG_EDGE = 12.0  # between a blurred bar and the picture
 _ALONG = 0.9  # of the side
-_GROUND = 0.5  # of the rows behind a bar; if so many are like it, it is none
+_GROUND = 0.2  # of the rows behind a bar; if so many are like it, it is none
 _DEEPEST = 0.45  # of the picture, a bar on one side
 
 
