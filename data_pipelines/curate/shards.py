@@ -164,9 +164,9 @@ def _is_there(folder: Path, settings: Mapping[str, Any]) -> bool:
 
 def _remove_others(folder: Path, buckets: set[str]) -> None:
   """Takes away buckets that have no clip any more; they can be made again."""
-  for path in folder.glob(f"*/{records.MANIFEST_NAME}"):
-    if path.parent.name not in buckets:
-      shutil.rmtree(path.parent)
+  for path in folder.iterdir():
+    if path.is_dir() and path.name not in buckets:
+      shutil.rmtree(path)
 
 
 def _write_index(folder, index, by_file, buckets) -> None:

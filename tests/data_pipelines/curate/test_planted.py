@@ -126,6 +126,10 @@ def test_the_shards_are_the_export_with_its_provenance(curated):
     assert bytes(clip.open(index.folder)) == (out / "export" / clip.path).read_bytes()
   rejected = [row for row in rows.values() if not row["keep"]]
   assert rejected and all(shards.provenance(row, {}).first_fail for row in rejected)
+  written = {path: path.stat().st_mtime_ns for path in (out / "shards").glob("*/*.arrayrecord")}
+  again = command(f"--input={corpus}", f"--output={out}", "--workers=1")
+  assert again.returncode == 0 and "scored 0 files and 0 clips" in again.stdout
+  assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
 @pytest.mark.slow
