@@ -107,7 +107,7 @@ def wrong_part(file: BinaryIO) -> int | None:
   """Where the first part of a Matroska file is that does not have the checksum it states, or does
   not fit into the file; None if there is none, or it is another kind of file.
 
-  Most writers give every part a checksum; those of WebM give none.
+  FFmpeg gives every part of an mkv a checksum; other writers may not, and in WebM there is none.
   """
   file.seek(0)
   end = _matroska_size(file) if file.read(4) == _EBML else 0
