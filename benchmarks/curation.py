@@ -10,9 +10,9 @@ second of the pipeline over those of raw decode; "steady" leaves out starts and 
 long run does not notice (Ray's processes are not our children, so it has the steady figure only).
 Without --input it writes films of moving, grainy textures at the bit rate that uploads have: what
 YouTube recommends for H.264 at 24 to 30 frames a second, for example 5 Mbit/s for 720p and 8 for
-1080p (https://support.google.com/youtube/answer/1722171). The rate matters: a film of a tenth of it decodes in
-half the time, which makes whatever else is done look dear. --bitrate=0 leaves it to the encoder
-(crf 23: 0.8 Mbit/s for 720p).
+1080p (https://support.google.com/youtube/answer/1722171). The rate matters: a film of a sixth of
+it decodes in half the time, which makes whatever else is done look dear. --bitrate=0 leaves it to
+the encoder (crf 23: 0.8 Mbit/s for 720p).
 """
 
 import itertools
