@@ -248,8 +248,7 @@ def _frames(path, limits, start, end, vectors, seek) -> Iterator[tuple[float, in
       duration = check_stream(container, stream, path, limits)
       if vectors:
         stream.codec_context.flags2 |= av.codec.context.Flags2.export_mvs
-      if _announce is not None:
-        _announce((end or duration) - (start if seek else 0.0))
+      expect((end or duration) - (start if seek else 0.0))
       base, aspect = float(stream.time_base), pixel_aspect(stream)
       first = stream.start_time
       if seek:
@@ -333,6 +332,12 @@ def _promised(container, stream, duration) -> float:
 # The child
 
 _announce: Any = None  # in the child: tells the parent how much there is to do
+
+
+def expect(seconds: float) -> None:
+  """Tells the parent, if there is one, that as many seconds of video are to be worked on."""
+  if _announce is not None:
+    _announce(seconds)
 
 
 def _serve(connection, limits: Limits) -> None:
