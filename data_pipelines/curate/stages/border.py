@@ -138,6 +138,7 @@ def _flat_bar(mean, change, lines, least) -> int:
   depth, far = _run(alike), _run(alike[::-1])
   if depth < least or depth > _DEEPEST * len(mean):
     return 0
+  far = far if far <= _DEEPEST * len(mean) else 0  # of the bar on the other side
   if like[depth : len(mean) - far].mean() >= _GROUND:
     return 0  # a line of text before plain ground has a straight edge too
   # Where the picture begins: lossy coding smears the edge over a few rows.
