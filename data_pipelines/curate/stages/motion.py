@@ -61,7 +61,7 @@ class Motion(FrameStage):
 class _Observer:
   def __init__(self):
     self._blurred: np.ndarray | None = None
-    self._spare: np.ndarray | None = None  # memory that is new costs more than the blur
+    self._spare: np.ndarray | None = None  # so that no frame asks for new memory
     self._values: list[float] = []
     self._first = self._last = 0.0
 
