@@ -8,43 +8,58 @@ pipeline is the whole weight-free one (probe to buckets, every frame seen by all
 They take turns. "of decode" compares processor time, start of processes and all: frames a CPU
 second of the pipeline over those of raw decode; "steady" leaves out starts and Parquet, which a
 long run does not notice (Ray's processes are not our children, so it has the steady figure only).
-Without --input it writes films of moving, grainy textures.
+Without --input it writes films of moving, grainy textures at the bit rate that uploads have: what
+YouTube recommends for H.264 at 24 to 30 frames a second, for example 5 Mbit/s for 720p and 8 for
+1080p (https://support.google.com/youtube/answer/1722171). The rate matters: a film of a sixth of
+it decodes in half the time, which makes whatever else is done look dear. --bitrate=0 leaves it to
+the encoder (crf 23: 0.8 Mbit/s for 720p).
 """
 
+import itertools
 import multiprocessing
 import os
 import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent import futures
 from pathlib import Path
+from typing import Any
 
 import av
 import cv2
 import numpy as np
 
-from benchmarks import common
 from data_pipelines.curate import config, engines, sources
 from data_pipelines.curate import run as running
 from mgen_jax.data import media
 
 _FPS = 30
+_RECOMMENDED = {360: 1.0, 480: 2.5, 720: 5.0, 1080: 8.0, 1440: 16.0, 2160: 40.0}  # Mbit/s
 
 
-def write_films(folder: Path, count: int, height: int, width: int, seconds: float) -> None:
+def recommended(height: int) -> float:
+  """Mbit/s that YouTube recommends for uploads of this height, or of the next one below."""
+  return _RECOMMENDED[max((h for h in _RECOMMENDED if h <= height), default=360)]
+
+
+def write_films(
+  folder: Path, count: int, height: int, width: int, seconds: float, bitrate: float
+) -> None:
   """Films of one scene each, a process for each core."""
   folder.mkdir(parents=True, exist_ok=True)
-  jobs = [(folder / f"film{number:02d}.mp4", number, height, width, seconds)
+  jobs = [(folder / f"film{number:02d}.mp4", number, height, width, seconds, bitrate)
           for number in range(count)]  # fmt: skip
   context = multiprocessing.get_context("spawn")
   with futures.ProcessPoolExecutor(min(count, os.cpu_count() or 1), mp_context=context) as pool:
     list(pool.map(write_film, *zip(*jobs, strict=True)))
 
 
-def write_film(path: Path, seed: int, height: int, width: int, seconds: float) -> None:
-  """A window that moves over smooth noise, with grain: as hard to decode as a real film."""
+def write_film(
+  path: Path, seed: int, height: int, width: int, seconds: float, bitrate: float = 0.0
+) -> None:
+  """A window that moves over smooth noise, with grain, at `bitrate` Mbit/s (0: crf 23)."""
   path.parent.mkdir(parents=True, exist_ok=True)
   rng = np.random.default_rng(seed)
   large = rng.normal(0, 1, (height // 8, width // 8, 3)).astype(np.float32)
@@ -61,7 +76,23 @@ def write_film(path: Path, seed: int, height: int, width: int, seconds: float) -
       moved = cv2.warpAffine(texture, window, (width, height), borderMode=border)
       yield np.clip(moved + grain[frame % 4], 0, 255).astype(np.uint8)[None]
 
-  media.write_video_stream(path, frames(), _FPS, crf=23)
+  if bitrate:
+    _encode(path, frames(), height, width, bitrate)
+  else:
+    media.write_video_stream(path, frames(), _FPS, crf=23)
+
+
+def _encode(path: Path, frames: Iterable[np.ndarray], height, width, bitrate: float) -> None:
+  """H.264 as an upload has it: x264's own preset, a key frame every two seconds."""
+  with av.open(str(path), "w") as container:
+    stream = container.add_stream("libx264", rate=_FPS)
+    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+    stream.bit_rate = round(bitrate * 1e6)
+    stream.options = {"preset": "medium", "g": str(2 * _FPS)}
+    stream.codec_context.thread_count = 1
+    for frame in itertools.chain.from_iterable(frames):
+      container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+    container.mux(stream.encode(None))
 
 
 def repeat(folder: Path, films: Path, times: int) -> None:
@@ -81,6 +112,15 @@ def decode(path: str) -> int:
     stream = container.streams.video[0]
     stream.codec_context.thread_count = 1
     return sum(1 for _ in container.decode(stream))
+
+
+def mean_rate(paths: Sequence[str]) -> float:
+  """Mbit/s over all files."""
+  seconds = 0.0
+  for path in paths:
+    with av.open(path) as container:
+      seconds += container.duration / av.time_base
+  return sum(os.path.getsize(path) for path in paths) * 8e-6 / seconds
 
 
 def measured(function) -> tuple[float, float, object]:
@@ -119,7 +159,9 @@ def curate(folder: str, settings: config.CurateConfig, engine: str, processes: i
   return costs
 
 
-def main(arguments: Sequence[str] | None = None) -> common.Row:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+  from benchmarks import common  # late: it brings jax, which a process that decodes need not load
+
   parser = common.parser(__doc__, rounds=1)
   parser.add_argument("--input", help="Folder of videos; without: films made here.")
   parser.add_argument("--films", type=int, default=8, help="How many (default: 8).")
@@ -127,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> common.Row:
   parser.add_argument(
     "--seconds", type=float, default=28.0, help="Of a film; the paper's mean: 28."
   )
+  parser.add_argument("--bitrate", type=float, help="Mbit/s of made films; 0: crf 23; see above.")
   parser.add_argument("--times", type=int, default=1, help="Of each film under other hashes.")
   parser.add_argument("--processes", default="1,2,4", help='How many at once (default: "1,2,4").')
   parser.add_argument("--engines", default="local", help='"local", or "local,ray".')
@@ -135,7 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> common.Row:
   work = Path(tempfile.mkdtemp(prefix="mgen_jax-films-"))
   folder = Path(options.input or options.keep or work / "films")
   if not options.input and not any(folder.glob("*.mp4")):
-    write_films(folder, options.films, *common.numbers(options.size), options.seconds)
+    size = common.numbers(options.size)
+    bitrate = recommended(size[0]) if options.bitrate is None else options.bitrate
+    write_films(folder, options.films, *size, options.seconds, bitrate)
   if options.times > 1:
     (work / "more").mkdir()
     repeat(work / "more", folder, options.times)
@@ -144,6 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> common.Row:
   paths = [str(root / name) for name in names]
   settings = config.resolve(config.complete(resolution={"min_side": 64}, partitions=len(paths)))
 
+  print(f"{len(paths)} files, {mean_rate(paths):.2f} Mbit/s")
   rows, by_stage = [], {}
   for processes in common.numbers(options.processes):
     for round_ in range(options.rounds):
@@ -159,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> common.Row:
           "engine": engine,
           "processes": processes,
           "round": round_ + 1,
+          "mbit_s": mean_rate(paths),
           "frames": frames,
           "decode_wall_s": decode_wall,
           "decode_cpu_s": decode_cpu,

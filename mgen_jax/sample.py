@@ -32,9 +32,9 @@ from mgen_jax import cli
 from mgen_jax import config as config_lib
 from mgen_jax.data import ingest, media
 from mgen_jax.data.buckets import Bucket, parse_bucket
+from mgen_jax.data.prompts import camera_motion
 from mgen_jax.diffusion import gaussian, samplers
 from mgen_jax.encoders import Prompt
-from mgen_jax.encoders.prompts import camera_motion
 from mgen_jax.errors import UserError, suggest
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel import rules

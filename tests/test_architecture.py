@@ -36,7 +36,7 @@ MAY_IMPORT = {
   "diffusion": {"errors"},
   "models": {"errors", "parallel"},
   "weights": {"errors", "schema", "parallel", "data", "models"},  # data: whole files or none
-  "encoders": {"errors", "schema", "parallel", "models", "weights"},
+  "encoders": {"errors", "schema", "parallel", "data", "models", "weights"},  # data: prompts
   "tasks": BELOW_TASKS,
   "config": BELOW_TASKS | {"tasks"},  # where the parts' configs meet
   "workdir": {"errors", "schema", "data", "config"},
@@ -57,6 +57,7 @@ CURATION_PACKAGES = {
 ENGINES = {"ray", "apache_beam"}
 ABOVE_STAGES = {
   *("config", "engines", "export", "funnel", "report", "run", "select", "sources", "store", "work"),
+  *("command", "shards"),
 }
 
 UNSAFE_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

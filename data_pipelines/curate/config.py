@@ -50,11 +50,24 @@ class ExportConfig:
     crf: quality of H.264, less is better and larger (18 shows no loss).
     preset: of the encoder.
     sound: keep the first sound track.
+    shards: write the clips a second time, as shards of records by bucket (see `shards`).
+    shard_bytes: of one shard, about.
+    held_out: share of the clips in shards that training does not see.
   """
 
   crf: int = 18
   preset: str = "veryfast"
   sound: bool = True
+  shards: bool = True
+  shard_bytes: int = 512 << 20
+  held_out: float = 0.05
+
+  def __post_init__(self):
+    if self.shard_bytes < 1 or not 0 <= self.held_out < 1:
+      raise ConfigError(
+        f"export.shard_bytes is {self.shard_bytes} and export.held_out {self.held_out}: give a"
+        " size, and a share below 1."
+      )
 
 
 @dataclasses.dataclass(frozen=True)

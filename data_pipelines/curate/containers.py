@@ -1,4 +1,4 @@
-"""What a container says of itself, read from its first bytes without a decoder.
+"""What a container says of itself, read without a decoder: from its first bytes, and its checksums.
 
 FFmpeg believes the coded stream rather than the container, so only here does it show that a header
 lies or that a file was cut short. MP4 and its kin, Matroska and AVI; of others nothing is known.
@@ -6,12 +6,15 @@ lies or that a file was cut short. MP4 and its kin, Matroska and AVI; of others 
 
 import dataclasses
 import os
+import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
 _VISUAL = {b"avc1", b"avc3", b"hvc1", b"hev1", b"mp4v", b"vp09", b"av01", b"jpeg", b"ap4h"}
 _EBML = b"\x1a\x45\xdf\xa3"
 _SEGMENT = b"\x18\x53\x80\x67"
+_CHECKSUM = b"\xbf\x84"  # four bytes of CRC-32, the first thing in an element that has one
+_PIECE = 1 << 20  # bytes read at once
 _DEEPEST = 64  # boxes looked at on a level
 
 
@@ -98,6 +101,41 @@ def _matroska_size(file) -> int:
     return 0
   length = _number(file)
   return file.tell() + length if length is not None else 0
+
+
+def wrong_part(file: BinaryIO) -> int | None:
+  """Where the first part of a Matroska file is that does not have the checksum it states, or does
+  not fit into the file; None if there is none, or it is another kind of file.
+
+  FFmpeg gives every part of an mkv a checksum; other writers may not, and in WebM there is none.
+  """
+  file.seek(0)
+  end = _matroska_size(file) if file.read(4) == _EBML else 0
+  while 0 < (start := file.tell()) < end:
+    file.seek(_id_length(file.read(1)) - 1, os.SEEK_CUR)
+    size = _number(file)
+    if size is None:  # as long as what follows
+      return None
+    stop = file.tell() + size
+    if stop > end or not _is_whole(file, size):
+      return start
+    file.seek(stop)
+  return None
+
+
+def _id_length(first: bytes) -> int:
+  return 9 - first[0].bit_length() if first and first[0] else 1
+
+
+def _is_whole(file, size) -> bool:
+  """Whether the next `size` bytes have the checksum that they begin with, if they do."""
+  head = file.read(6)
+  if not head.startswith(_CHECKSUM) or size < len(head):
+    return True
+  found, left = 0, size - len(head)
+  while left > 0 and (piece := file.read(min(_PIECE, left))):
+    found, left = zlib.crc32(piece, found), left - len(piece)
+  return found == int.from_bytes(head[2:], "little")
 
 
 def _number(file) -> int | None:

@@ -39,6 +39,10 @@ _CHROMA = ("410", "411", "420", "422", "440", "444")
 _PLANAR = frozenset(f"yuv{kind}{chroma}p" for kind in ("", "j", "a") for chroma in _CHROMA) | {
   *("gray", "nv12", "nv21")
 }
+# Codec -> the decoder that is used instead of FFmpeg's own, which goes on after what cannot be: in
+# VP9 a flipped bit makes everything after it nonsense, and only libvpx looks whether a tile ended
+# where its data end.
+STRICT = {"vp9": "libvpx-vp9"}
 _STARTS = 300  # seconds that a child may take to start
 _ORPHANED = 2.0  # seconds between two looks at the parent
 _POLL = 0.2  # seconds between two looks at a child's memory
@@ -244,15 +248,15 @@ def _frames(path, limits, start, end, vectors, seek) -> Iterator[tuple[float, in
       duration = check_stream(container, stream, path, limits)
       if vectors:
         stream.codec_context.flags2 |= av.codec.context.Flags2.export_mvs
-      if _announce is not None:
-        _announce((end or duration) - (start if seek else 0.0))
+      expect((end or duration) - (start if seek else 0.0))
       base, aspect = float(stream.time_base), pixel_aspect(stream)
       first = stream.start_time
       if seek:
         container.seek(int(start / base) + (first or 0), stream=stream)
       step = 1 / float(stream.average_rate or stream.guessed_rate or 25)
-      time = None
-      for frame in container.decode(stream):
+      time, count = None, 0
+      for frame in _decoded(container, stream):
+        count += 1
         if frame.is_corrupt:
           raise DecodeError("damaged", f"{path} is damaged after {time or 0:.2f} s.")
         if frame.pts is None:  # some AVI files have no time stamps: count on
@@ -272,6 +276,7 @@ def _frames(path, limits, start, end, vectors, seek) -> Iterator[tuple[float, in
           yield time, pts, Forms(frame, aspect)
       if time is None:
         raise DecodeError("damaged", f"{path} has no frame that can be decoded.")
+      _refuse_lost(container, stream, path, None if seek else count)
       if _promised(container, stream, duration) - time > 2 * step:
         raise DecodeError(
           "truncated",
@@ -279,6 +284,39 @@ def _frames(path, limits, start, end, vectors, seek) -> Iterator[tuple[float, in
         )
   except (av.FFmpegError, MediaError, MemoryError, OSError) as error:
     raise explain(error, path) from error
+
+
+def _decoded(container, stream) -> Iterator[av.VideoFrame]:
+  """The frames of a stream, by the decoder that notices most damage."""
+  strict = STRICT.get(stream.codec_context.name)
+  if strict is None:
+    yield from container.decode(stream)
+    return
+  usual, context = stream.codec_context, av.codec.Codec(strict, "r").create()
+  context.thread_count, context.options = 1, dict(usual.options)
+  context.extradata = usual.extradata
+  turned = None  # until the first frame; only the usual decoder hears of it from the container
+  for packet in container.demux(stream):
+    if turned is not False:
+      shown = usual.decode(packet)
+      turned = bool(shown[0].rotation) if turned is None and shown else turned
+    yield from shown if turned else context.decode(packet)
+
+
+def _refuse_lost(container, stream, path, count: int | None) -> None:
+  """Refuses an AVI of which fewer than its header and its index list were decoded.
+
+  In AVI a frame has a place and no time stamp, so one that is lost shifts all that follow; others
+  tell by their time stamps. Empty places are frames that a recorder left out.
+  """
+  if container.format.name != "avi" or count is None or not stream.frames:
+    return
+  listed = sum(entry.size > 0 for entry in stream.index_entries)
+  lost = min(stream.frames, listed) - count
+  if lost > bool(stream.codec_context.has_b_frames):
+    raise DecodeError(
+      "damaged", f"{path} lists {count + lost} frames, but {lost} of them cannot be found."
+    )
 
 
 def _promised(container, stream, duration) -> float:
@@ -294,6 +332,12 @@ def _promised(container, stream, duration) -> float:
 # The child
 
 _announce: Any = None  # in the child: tells the parent how much there is to do
+
+
+def expect(seconds: float) -> None:
+  """Tells the parent, if there is one, that as many seconds of video are to be worked on."""
+  if _announce is not None:
+    _announce(seconds)
 
 
 def _serve(connection, limits: Limits) -> None:

@@ -5,7 +5,8 @@
     clips.parquet         each clip: bucket, all scores, source hash and span, its own SHA-256
 
 Give the folder to an experiment as `data.videos`; its stages ingest, encode and train do the rest.
-What was rejected is in the run's selection.parquet. Not here: what is kept (`select`).
+What was rejected is in the run's selection.parquet. Not here: what is kept (`select`), the same
+clips as shards of records (`shards`).
 """
 
 import dataclasses
@@ -110,7 +111,8 @@ def _are_there(run: Run, version: str, partition: int) -> bool:
 
 
 def _version(config: ExportConfig) -> str:
-  content = json.dumps([_CODE, dataclasses.asdict(config)], sort_keys=True)
+  settings = {name: getattr(config, name) for name in ("crf", "preset", "sound")}
+  content = json.dumps([_CODE, settings], sort_keys=True)
   return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 

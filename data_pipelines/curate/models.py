@@ -74,15 +74,16 @@ class ImageModel:
     self.width = self(np.full((1, self.size, self.size, 3), 128, np.uint8)).shape[1]
 
   def __call__(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """uint8 [H, W, 3] each -> float32 [n, width]; the shorter side is fitted and centre-cropped."""
-    ready = np.stack([self._prepare(picture) for picture in pictures])
+    """uint8 [H, W, 3] each -> float32 [n, width]; each is fitted first.
+
+    Always in batches of one size, the last one filled up: what is said of a picture must not depend
+    on which others came with it.
+    """
     step = self._fixed or _BATCH
     rows = []
-    for start in range(0, len(ready), step):
-      part = ready[start : start + step]
-      filled = np.concatenate(
-        [part, np.repeat(part[-1:], (self._fixed or len(part)) - len(part), 0)]
-      )
+    for start in range(0, len(pictures), step):
+      part = np.stack([self._normal(self.fit(each)) for each in pictures[start : start + step]])
+      filled = np.concatenate([part, np.repeat(part[-1:], step - len(part), 0)])
       found = self._session.run(None, {self._input: filled})[0]
       if found.ndim != 2 or not np.isfinite(found).all():
         raise UserError(
@@ -92,15 +93,18 @@ class ImageModel:
       rows.append(np.float32(found[: len(part)]))
     return np.concatenate(rows)
 
-  def _prepare(self, picture):
+  def fit(self, picture: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] -> [size, size, 3]: the shorter side is scaled, the longer one cropped."""
     height, width = picture.shape[:2]
     scale = self.size / min(height, width)
     size = max(self.size, round(width * scale)), max(self.size, round(height * scale))
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
     scaled = cv2.resize(picture, size, interpolation=method)
     top, left = (scaled.shape[0] - self.size) // 2, (scaled.shape[1] - self.size) // 2
-    cut = scaled[top : top + self.size, left : left + self.size]
-    return ((np.float32(cut) / 255 - self._mean) / self._std).transpose(2, 0, 1)
+    return np.ascontiguousarray(scaled[top : top + self.size, left : left + self.size])
+
+  def _normal(self, picture):
+    return ((np.float32(picture) / 255 - self._mean) / self._std).transpose(2, 0, 1)
 
 
 @functools.lru_cache(maxsize=8)
@@ -151,6 +155,13 @@ class Head:
 def head(path: str) -> Head:
   """The layers at `path`, read once in this process."""
   return Head(path)
+
+
+def means(tower: ImageModel, clips: Sequence[Sequence[np.ndarray]]) -> list[list[float]]:
+  """Of each clip the mean of its pictures' embeddings, of length 1; one call for all clips."""
+  rows = unit(tower([picture for clip in clips for picture in clip]))
+  ends = np.cumsum([len(clip) for clip in clips])[:-1]
+  return [unit(part.mean(axis=0)).tolist() for part in np.split(rows, ends)]
 
 
 def unit(rows: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ crash what was not committed. Not here: what a unit does (`work`), flags and pri
 (`__main__`).
 """
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -226,7 +227,12 @@ def _due(run: Run, listed: pa.Table, phase: int, limits: decode.Limits) -> list[
     )
     if not _is_done(run, task):
       tasks.append(task)
-  return tasks
+  sizes = collections.Counter()
+  columns = (listed[name].to_pylist() for name in ("partition", "bytes"))
+  for partition, size in zip(*columns, strict=True):
+    sizes[partition] += size or 0
+  # The largest first: one that came last would be waited for alone.
+  return sorted(tasks, key=lambda task: -sizes[task.partition])
 
 
 def _is_done(run: Run, task: work.Task) -> bool:

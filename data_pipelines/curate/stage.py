@@ -11,13 +11,15 @@ import dataclasses
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 Row = Mapping[str, Any]
+
+UNSEEN = "unseen"  # among an observer's scores: the pictures that a network is still to see
 
 _CLIPS = uuid.UUID("9a0f3a8c-64ad-5d5c-a5f5-3c8f6ae4a1d7")  # names our clips; never change it
 
@@ -132,6 +134,7 @@ class RowStage(Stage):
   """From one clip's scores alone (aspect ratio, bucket, caption)."""
 
   def score(self, row: Row) -> dict[str, Any]:
+    """Its columns; `row` holds those of its source, and all that stages before it wrote."""
     raise NotImplementedError
 
 
@@ -200,7 +203,10 @@ class Observer(Protocol):
   def frame(self, frame: Frame) -> None: ...
 
   def scores(self) -> dict[str, Any]:
-    """The columns of its stage; also after no frame at all."""
+    """The columns of its stage; also after no frame at all.
+
+    Where a network decides, it may leave columns out and give `UNSEEN`: uint8 [h, w, 3] each.
+    """
     ...
 
 
@@ -224,6 +230,10 @@ class FrameStage(Stage):
   def needs_frames(self) -> bool:
     """Whether, with these settings, an observer must see frames before it is asked for scores."""
     return True
+
+  def see(self, clips: Sequence[Sequence[np.ndarray]]) -> list[dict[str, Any]]:
+    """The columns that observers left out, of many clips at once, from their `UNSEEN` pictures."""
+    raise NotImplementedError
 
   def observer(self, row: Row) -> Observer:
     """A new observer; `row` holds the scores so far (width, height, fps, duration, start, end)."""

@@ -19,11 +19,14 @@ import time as clock
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from data_pipelines.curate.decode import Forms, Limits, decode_frames
+import numpy as np
+
+from data_pipelines.curate.decode import Forms, Limits, decode_frames, expect
 from data_pipelines.curate.recipe import passes
-from data_pipelines.curate.stage import Frame, FrameStage, Rule, SplitStage
+from data_pipelines.curate.stage import UNSEEN, Frame, FrameStage, Rule, SplitStage
 
 _WIDEST_SAMPLE = 1920  # pixels of frames that wait
+_PICTURE = 0.5  # seconds of video that a picture counts as, where a network has a deadline
 
 
 @dataclasses.dataclass
@@ -87,12 +90,23 @@ def watch(
     rest = [stage for stage in clip_stages if stage.name not in scores]
     if rest:
       scores = {**scores, **_watch_clip(path, row, rest, limits, watched, gates)}
-    columns = dict(clip)
+    columns, unseen = dict(clip), {}
     for stage in clip_stages:
       columns.update(scores[stage.name])
-    watched.clips.append(columns)
+      if UNSEEN in columns:
+        unseen[stage.name] = columns.pop(UNSEEN)
+    watched.clips.append({**columns, UNSEEN: unseen} if unseen else columns)
   watched.cpu["decode"] = clock.process_time() - began - sum(watched.cpu.values())
   return watched
+
+
+def see(
+  stage: FrameStage, clips: Sequence[Sequence[np.ndarray]]
+) -> tuple[list[dict[str, Any]], float]:
+  """(what the stage's network says of the pictures of each clip, CPU seconds); in the child too."""
+  expect(sum(map(len, clips)) * _PICTURE)
+  began = clock.process_time()
+  return stage.see(clips), clock.process_time() - began
 
 
 def _watch_source(path, source, stages, split, clip_stages, limits, watched, gates):

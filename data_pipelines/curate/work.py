@@ -20,10 +20,11 @@ import pyarrow as pa
 
 from data_pipelines.curate import decode, sources, watch
 from data_pipelines.curate.recipe import CLIP_KEYS, SOURCE_COLUMNS, SOURCE_KEYS, Recipe, passes
-from data_pipelines.curate.stage import FrameStage, SourceStage, Stage, clip_id
+from data_pipelines.curate.stage import UNSEEN, FrameStage, SourceStage, Stage, clip_id
 from data_pipelines.curate.store import Store, rows_of, table_of
 
 Row = dict[str, Any]
+_TOGETHER = 32  # clips that networks see at once; each leaves 150 KB a picture
 FAULT = {"error_code": pa.string(), "error": pa.string()}
 
 
@@ -54,6 +55,7 @@ def run_task(task: Task) -> None:
   if task.phase == 0:
     for row in listed:
       unit.do_source(row)
+    unit.do_waiting()
   else:
     for clip in clip_rows(unit.store, task.recipe, task.partition, task.phase):
       unit.do_clip(clip, os.path.join(task.input_root, clip["path"]))
@@ -81,6 +83,7 @@ class _Unit:
     self.rows: dict[str, list[Row]] = {stage.name: [] for stage in self.stages}
     self.cpu: dict[str, float] = collections.defaultdict(float)
     self.frames = 0
+    self.waiting: list[tuple[Row, str, Row]] = []  # clips, their files, what was seen of them
     self.new_sources: set[tuple] = set()
     self.new_clips: set[str] = set()
     self.began = time.time()
@@ -166,7 +169,10 @@ class _Unit:
         return
       self._after_frames(row, on_frames, watched.source if watched else {})
     for clip, values in zip(clips, seen, strict=True):
-      self.do_clip(row | {name: clip[name] for name in ("clip_id", *split.columns)}, path, values)
+      known = row | {name: clip[name] for name in ("clip_id", *split.columns)}
+      self.waiting.append((known, path, values))
+    if len(self.waiting) >= _TOGETHER:
+      self.do_waiting()
 
   def _after_frames(self, row: Row, on_frames: Sequence[FrameStage], values: Row) -> None:
     """Adds what the frames told of a source, and the stages of rows that waited for it."""
@@ -191,6 +197,29 @@ class _Unit:
     return watched
 
   # Of clips.
+
+  def do_waiting(self) -> None:
+    """The rest of the clips that were watched: networks see all of them at once."""
+    self._show([values for _, _, values in self.waiting])
+    for clip, path, values in self.waiting:
+      self.do_clip(clip, path, values)
+    self.waiting.clear()
+
+  def _show(self, seen: Sequence[Row]) -> None:
+    """Adds what networks say to the columns of clips that left something to them."""
+    for stage in self.at_clips:
+      due = [row for row in seen if stage.name in row.get(UNSEEN, ())]
+      if not due:
+        continue
+      pictures = [row[UNSEEN].pop(stage.name) for row in due]
+      try:
+        found, seconds = guard(self.task.limits).call(watch.see, stage, pictures)
+      except decode.DecodeError as error:
+        code = {"error_code": error.code, "error": f"{stage.name}: {error}"}
+        found, seconds = [dict.fromkeys(stage.columns) | code for _ in due], 0.0
+      self.cpu[stage.name] += seconds
+      for row, columns in zip(due, found, strict=True):
+        row |= columns
 
   def do_clip(self, clip: Row, path: str, seen: Mapping[str, Any] | None = None) -> None:
     """The stages of this phase for one clip, in order.
@@ -230,6 +259,7 @@ class _Unit:
     watched = self._watch(clip, path, (), None, [span], due)
     if isinstance(watched, dict):
       return dict.fromkeys(name for stage in due for name in stage.columns) | watched
+    self._show(watched.clips)
     return watched.clips[0]
 
   def _passes_gate(self, stage: Stage, clip: Row) -> bool:

@@ -18,9 +18,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from mgen_jax.data import ingest, media
-from mgen_jax.data.buckets import Bucket, Groups, Rate, group
+from mgen_jax.data.buckets import Bucket, Groups, Rate
 from mgen_jax.data.files import write_text_atomic
-from mgen_jax.data.sources import MediaSource
+from mgen_jax.data.sources import MediaSource, media_sources
 from mgen_jax.errors import UserError
 
 NAME, VERSION = "clips", "1.0.0"
@@ -112,15 +112,12 @@ def sources(
 ) -> tuple[dict[Bucket, ClipSource], Groups]:
   """`mgen_jax.data.sources.media_sources` of an exported data set."""
   folder, index = _open(Path(folder))
-  groups = group(
-    index.of_split(split),
-    buckets,
-    images_from_videos=images_from_videos,
-    target_fps=fps,
-    max_crop=max_crop,
-  )
-  found = {b: ClipSource(folder, split, clips, b, fps=fps) for b, clips in groups.clips.items()}
-  return found, groups
+
+  def make(clips: Sequence[ingest.Clip], bucket: Bucket) -> ClipSource:
+    return ClipSource(folder, split, clips, bucket, fps=fps)
+
+  how = {"images_from_videos": images_from_videos, "fps": fps, "max_crop": max_crop}
+  return media_sources(index, buckets, split=split, make=make, **how)
 
 
 def export(source: Path | str, out: Path | str, *, held_out: float = 0.05, seed: int = 0) -> Path:

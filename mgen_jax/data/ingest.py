@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from absl import logging
 
-from mgen_jax.data import listing, media, tables, tars
+from mgen_jax.data import listing, media, records, tables, tars
 from mgen_jax.data.files import write_text_atomic
 from mgen_jax.errors import UserError
 
@@ -46,8 +46,9 @@ class Clip:
     caption: its text, on one line.
     split: "train", or "held_out" for evaluation.
     camera: its motion, like "zoom in", where captions.jsonl names it; else "".
-    archive: the tar that holds it, relative to the folder; "": it is a file of its own.
-    offset, bytes: where in the archive.
+    archive: the tar that holds it, or the folder of records, relative to the folder; "": it is a
+      file of its own.
+    offset, bytes: where in the tar; or the number of the record, and the size of its file.
   """
 
   id: str
@@ -116,6 +117,12 @@ class Index:
 def _open(folder: Path, path: str, archive: str, offset: int, size: int) -> Path | media.NamedBytes:
   if not archive:
     return folder / path
+  if (folder / archive).is_dir():
+    try:
+      data = records.opened(folder / archive)[offset].arrays[records.MEDIA]
+    except (records.RecordError, IndexError, KeyError) as error:
+      raise media.MediaError(f"{path} cannot be read from its shard ({error}).") from error
+    return media.NamedBytes(data.tobytes(), str(folder / path))
   try:
     with (folder / archive).open("rb") as file:
       file.seek(offset)
@@ -245,7 +252,7 @@ def _indexed(root: Path) -> Index:
     path = (root / (clip.archive or clip.path)).resolve()
     if not path.is_relative_to(root):
       raise UserError(f"{root / INDEX_NAME} lists {clip.path}, which lies outside of the folder.")
-    if not path.is_file():
+    if not path.exists():
       raise UserError(
         f"{root / INDEX_NAME} lists {clip.path}, which is not there: restore it, or delete the"
         " index to have the folder looked through."

@@ -10,6 +10,7 @@ manifest. Not here: what the arrays mean (see the encode stage) and how they are
 
 import bisect
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -30,6 +31,7 @@ from mgen_jax.data.files import publish, sha256_file, temporary_beside, write_te
 from mgen_jax.errors import UserError
 
 SCHEMA_VERSION = 1
+PROVENANCE_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 SHARD_SUFFIX = ".arrayrecord"
 
@@ -120,6 +122,69 @@ def _unpack_array(name: str, dtype: str, shape: list[int], data: bytes) -> np.nd
     return np.frombuffer(data, _DTYPES[dtype]).reshape(shape)
   except (KeyError, ValueError) as error:
     raise RecordError(f"the array {name!r} is not {dtype} of shape {shape} ({error}).") from error
+
+
+# --------------------------------------------------------------------------------------------------
+# Clips as they are, with what is known of them.
+
+MEDIA = "media"  # the array of a record that holds a whole file, uint8 [bytes]
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+  """Where a clip came from and what decided over it; kept clips and rejected ones have it alike.
+
+  Attributes:
+    source_id: SHA-256 of the source file.
+    source: its path, relative to the folder of videos.
+    clip_id: "" for a source that gave no clip.
+    start, end: of the clip in the source, in seconds; None without a clip.
+    scores: every score by its column; None: not computed.
+    scorers: which scorer decided, by stage.
+    first_fail: the first threshold that it fails, or the error; "" if it is kept.
+    fails: all thresholds that it fails.
+  """
+
+  source_id: str
+  source: str
+  clip_id: str
+  start: float | None
+  end: float | None
+  scores: Mapping[str, Any]
+  scorers: Mapping[str, str]
+  first_fail: str = ""
+  fails: Sequence[str] = ()
+
+  def plain(self) -> dict[str, Any]:
+    """Plain values for `Record.info`, with the version of this schema."""
+    found = {"schema_version": PROVENANCE_VERSION} | dataclasses.asdict(self)
+    return found | {"fails": list(self.fails)}
+
+  @classmethod
+  def of(cls, record: Record) -> "Provenance":
+    """That of a record; raises RecordError if it has none, or one of another version."""
+    fields = dict(record.info.get("provenance") or {})
+    version = fields.pop("schema_version", None)
+    if version != PROVENANCE_VERSION:
+      raise RecordError(
+        f"the record {record.id} has provenance of schema version {version} but this program reads"
+        f" {PROVENANCE_VERSION}; export the clips again."
+      )
+    return cls(**fields)
+
+
+def media_record(
+  clip: str, bucket: Bucket, caption: str, fps: float, data: bytes, info: Mapping[str, Any]
+) -> Record:
+  """A record of a whole media file, as it is."""
+  arrays = {MEDIA: np.frombuffer(data, np.uint8)}
+  return Record(clip, bucket.name, caption, fps, 0.0, arrays, info)
+
+
+@functools.lru_cache(maxsize=256)
+def opened(folder: Path) -> "RecordSource":
+  """`open_records`, once in a process: for readers that ask for one record at a time."""
+  return open_records(folder)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -128,10 +128,12 @@ def media_sources(
   images_from_videos: bool = False,
   fps: Rate = None,
   max_crop: float = 0.2,
+  make: Callable[[Sequence[Clip], Bucket], MediaSource] | None = None,
 ) -> tuple[dict[Bucket, MediaSource], Groups]:
   """A MediaSource for every bucket (perhaps empty), and how the clips were shared out.
 
-  Arguments as in `buckets.group`.
+  Arguments as in `buckets.group`; `make` gives the source of a bucket's clips where they do not lie
+  in the folder of the index.
   """
   groups = group(
     index.of_split(split),
@@ -140,11 +142,8 @@ def media_sources(
     target_fps=fps,
     max_crop=max_crop,
   )
-  sources = {
-    bucket: MediaSource(index.folder, clips, bucket, fps=fps)
-    for bucket, clips in groups.clips.items()
-  }
-  return sources, groups
+  make = make or (lambda clips, bucket: MediaSource(index.folder, clips, bucket, fps=fps))
+  return {bucket: make(clips, bucket) for bucket, clips in groups.clips.items()}, groups
 
 
 class LatentSource:

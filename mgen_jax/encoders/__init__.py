@@ -8,16 +8,16 @@ The pieces:
   encoder     one encoder and its tokenizer, for a list of prompts or images
   stack       several that a generator reads together, in the training step or before it
   sizes       encoders by name
-  prompts     what is put before a caption, and which part of it is read
   tokenizers  SentencePiece, bytes, BPE
   families    what public files call the parameters of each module
 
-Not here: the modules themselves (`mgen_jax/models`), which know nothing of files, and how weights
-come in and go out (`mgen_jax/weights`).
+Not here: the modules themselves (`mgen_jax/models`), which know nothing of files; how weights come
+in and go out (`mgen_jax/weights`); what is put before a caption, and which part of it is read
+(`mgen_jax/data/prompts.py`).
 """
 
+from mgen_jax.data.prompts import Prompt
 from mgen_jax.encoders.encoder import Embedded, Encoder, load
-from mgen_jax.encoders.prompts import Prompt
 from mgen_jax.encoders.stack import StackConfig, TextStack
 
 __all__ = ["Embedded", "Encoder", "Prompt", "StackConfig", "TextStack", "load"]

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mgen_jax.data import prompts
+from mgen_jax.data.prompts import Prompt
 from mgen_jax.encoders import encoder as encoder_lib
-from mgen_jax.encoders import families, prompts, sizes, tokenizers
-from mgen_jax.encoders.prompts import Prompt
+from mgen_jax.encoders import families, sizes, tokenizers
 from mgen_jax.errors import ConfigError, UserError
 from mgen_jax.models import clip, t5
 from mgen_jax.parallel import mesh as mesh_lib

@@ -15,8 +15,8 @@ import pytest
 from mgen_jax.data import ingest, media, records
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.data.pipeline import check_shared_memory, make_ordered_stream, make_stream
+from mgen_jax.data.prompts import Prompt, compose
 from mgen_jax.data.sources import LatentSource, MediaSource, media_sources, window
-from mgen_jax.encoders.prompts import Prompt, compose
 from mgen_jax.errors import UserError
 
 A, B, C = Bucket(1, 64, 64), Bucket(16, 64, 64), Bucket(24, 48, 80)

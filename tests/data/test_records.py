@@ -1,5 +1,6 @@
 """Records come back as they were written, and a damaged shard is named instead of read as empty."""
 
+import dataclasses
 import json
 import resource
 import signal
@@ -10,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mgen_jax.data import records
+from mgen_jax.data import ingest, media, records
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.data.records import Record, RecordError, RecordWriter, open_records, pack, unpack
 
@@ -236,3 +237,35 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     signal.signal(signal.SIGXFSZ, handler)
   assert list(tmp_path.iterdir()) == []
+
+
+def test_provenance_is_kept_with_its_version():
+  facts = {"source_id": "ab" * 32, "source": "a/b.mp4", "clip_id": "c", "start": 2.0, "end": 9.5}
+  scores = {"motion": 2.5, "camera": "pan left", "text_score": None}
+  made = records.Provenance(**facts, scores=scores, scorers={"text": "rapidocr 3.10"})
+  record = records.media_record(
+    "c", BUCKET, "a caption", 8.0, b"file", {"provenance": made.plain()}
+  )
+  back = unpack(pack(record))
+  assert bytes(back.arrays[records.MEDIA]) == b"file"
+  found = records.Provenance.of(back)
+  assert dataclasses.replace(found, fails=()) == made and list(found.fails) == []
+  newer = dataclasses.replace(record, info={"provenance": made.plain() | {"schema_version": 2}})
+  for other in (newer, dataclasses.replace(record, info={})):
+    with pytest.raises(RecordError, match=r"record c has provenance of schema version (2|None)"):
+      records.Provenance.of(other)
+
+
+def test_clips_in_records_are_read_like_files(tmp_path):
+  shard = tmp_path / BUCKET.name / records.shard_name(0, 1)
+  with RecordWriter(shard) as writer:
+    for number in range(3):
+      writer.write(records.media_record(f"c{number}", BUCKET, "x", 8.0, bytes([number] * 5), {}))
+  records.write_manifest(shard.parent, [writer.shard], bucket=BUCKET, settings={})
+  clip = ingest.Clip("0" * 16, "clips/c2.mp4", "video", 64, 64, 8.0, 16, 2.0, "x", "train",
+                     archive=BUCKET.name, offset=2, bytes=5)  # fmt: skip
+  ingest.Index(tmp_path, (clip,), {}).save(tmp_path)
+  found = ingest.scan(tmp_path)
+  assert bytes(found.clips[0].open(found.folder)) == b"\x02" * 5
+  with pytest.raises(media.MediaError, match="cannot be read from its shard"):
+    dataclasses.replace(clip, offset=3).open(tmp_path)

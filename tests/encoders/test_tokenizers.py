@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from mgen_jax import encoders
-from mgen_jax.encoders import prompts, tokenizers
-from mgen_jax.encoders.prompts import Prompt
+from mgen_jax.data import prompts
+from mgen_jax.data.prompts import Prompt
+from mgen_jax.encoders import tokenizers
 from mgen_jax.errors import ConfigError, UserError
 from mgen_jax.models import clip
 from tests.encoders import toys

@@ -49,6 +49,10 @@ class Ray:
     """Yields as units end; a fault of the user's in one of them is raised here."""
     if not tasks:
       return
+    if not ray.is_initialized():
+      # Ray would connect once more by itself, and its Data would ask for actors of the connection
+      # that is gone ("The actor never ran").
+      raise RuntimeError("this engine is closed.")
     actors = min(self.workers, len(tasks))
     numbers = ray.data.from_items(
       [{"task": number} for number in range(len(tasks))], override_num_blocks=len(tasks)

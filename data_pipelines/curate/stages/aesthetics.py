@@ -8,6 +8,7 @@ nothing of composition; `scorer` says which of the two it was.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -57,6 +58,10 @@ class Aesthetics(stage.FrameStage):
   def observer(self, row: stage.Row) -> "Observer":
     return Observer(self, sampling.duration(row))
 
+  def see(self, clips: Sequence[Sequence[np.ndarray]]) -> list[dict[str, Any]]:
+    found = predict(self.clip, self.head, [picture for clip in clips for picture in clip])
+    return [{"aesthetics": float(score)} for score in found]
+
 
 class Observer:
   """Looks at the middle frame; at the first one too, if the clip ends before its middle."""
@@ -80,13 +85,18 @@ class Observer:
   def _judge(self, rgb):
     found = measure(rgb)
     if self._settings.clip:
-      found["aesthetics"] = float(predict(self._settings.clip, self._settings.head, [rgb])[0])
+      del found["aesthetics"]
+      found[stage.UNSEEN] = [_tower(self._settings.clip).fit(rgb)]
     return found
+
+
+def _tower(clip: str) -> models.ImageModel:
+  return models.onnx(clip, models.CLIP_MEAN, models.CLIP_STD)
 
 
 def predict(clip: str, head: str, pictures: list[np.ndarray]) -> np.ndarray:
   """LAION's scores float32 [n] of uint8 [H, W, 3] each. Raises UserError if files do not fit."""
-  tower = models.onnx(clip, models.CLIP_MEAN, models.CLIP_STD)
+  tower = _tower(clip)
   linear = models.head(head)
   if tower.width != linear.width:
     raise UserError(

@@ -21,6 +21,7 @@ _STILL = 12.0  # over time
 _EDGE = 3.0  # grey levels between a bar and the picture
 _STRONG_EDGE = 12.0  # between a blurred bar and the picture
 _ALONG = 0.9  # of the side
+_GROUND = 1 / 3  # of the picture; if so much of it is like a bar, that is none but its ground
 _DEEPEST = 0.45  # of the picture, a bar on one side
 
 
@@ -35,6 +36,7 @@ class Border(FrameStage):
   """
 
   name: ClassVar[str] = "border"
+  code: ClassVar[int] = 2
   live: ClassVar[bool] = True
   columns: ClassVar[dict[str, pa.DataType]] = {
     "border_top": pa.float64(),  # of the height, like bottom
@@ -130,11 +132,15 @@ def _bars(mean, change, lines: _Lines, thinnest: float) -> tuple[float, float]:
 def _flat_bar(mean, change, lines, least) -> int:
   """Rows of a flat bar at the start, or 0."""
   level = np.median(mean[:least])
+  like = (abs(mean - level) <= _FLAT) & (change <= _STILL)
   # Three fifths of a row: subtitles in a bar leave it one.
-  alike = np.mean((abs(mean - level) <= _FLAT) & (change <= _STILL), axis=1) >= 0.6
-  depth = int(np.argmin(alike)) if not alike.all() else len(alike)
+  alike = np.mean(like, axis=1) >= 0.6
+  depth, far = _run(alike), _run(alike[::-1])
   if depth < least or depth > _DEEPEST * len(mean):
     return 0
+  far = far if far <= _DEEPEST * len(mean) else 0  # of the bar on the other side
+  if like[depth : len(mean) - far].mean() >= _GROUND:
+    return 0  # a line of text before plain ground has a straight edge too
   # Where the picture begins: lossy coding smears the edge over a few rows.
   inside = mean[min(depth + 2, len(mean) - 1)]
   outside = mean[max(depth - 2, 0)]
@@ -142,6 +148,11 @@ def _flat_bar(mean, change, lines, least) -> int:
   filled = (abs(mean - level) > _FLAT).any(axis=0)
   straight = filled.mean() >= 0.5 and np.mean(abs(inside - outside)[filled] >= _EDGE) >= _ALONG
   return depth if straight and lines[depth - 2 : depth + 3].any() else 0
+
+
+def _run(alike) -> int:
+  """How many are true from the start on."""
+  return len(alike) if alike.all() else int(np.argmin(alike))
 
 
 def _edges(lines, least) -> int:

@@ -3,7 +3,7 @@
 70 % of the paper's clips have their caption from the smaller captioner and 30 % from the larger; a
 camera move that the classifier was sure of stands before it, and the frame rate before that (Movie
 Gen 3.2.1, 3.4). What is stored is the bare caption, with the move and the rate beside it: the text
-encoders put the three together (`mgen_jax.encoders.prompts`). `prompt` is that text, to look at.
+encoders put the three together (`mgen_jax.data.prompts`). `prompt` is that text, to look at.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import pyarrow as pa
 from data_pipelines.curate import captioners, draws, stage
 from data_pipelines.curate.stages import sampling
 from mgen_jax.data.files import sha256_file
+from mgen_jax.data.prompts import Prompt, compose
 from mgen_jax.errors import ConfigError
 
 
@@ -115,9 +116,6 @@ class Prompts(stage.RowStage):
   min_confidence: float = 0.8
 
   def score(self, row: stage.Row) -> dict[str, Any]:
-    # Late: the encoders bring jax, which no process that decodes should have to load.
-    from mgen_jax.encoders.prompts import Prompt, compose
-
     # A clip that was rejected before it was captioned has no such column.
     sure = (row.get("camera_confidence") or 0.0) >= self.min_confidence
     camera = (row["camera"] or "") if sure else ""

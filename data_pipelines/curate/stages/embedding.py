@@ -6,6 +6,7 @@ beach from a street at best; `scorer` says which of the two it was.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -42,6 +43,13 @@ class Embedding(stage.FrameStage):
   def observer(self, row: stage.Row) -> "Observer":
     return Observer(self, sampling.duration(row))
 
+  def see(self, clips: Sequence[Sequence[np.ndarray]]) -> list[dict[str, Any]]:
+    return [{"embedding": mean} for mean in models.means(_tower(self.model), clips)]
+
+
+def _tower(model: str) -> models.ImageModel:
+  return models.onnx(model, models.CLIP_MEAN, models.CLIP_STD)
+
 
 class Observer:
   """Keeps a few frames: whole ones for a network, small ones for histograms."""
@@ -53,15 +61,15 @@ class Observer:
 
   def frame(self, frame: stage.Frame) -> None:
     if self._taker.wants(frame.time):
-      self._frames.append(frame.rgb() if self._settings.model else frame.rgb_at(_WIDTH))
+      model = self._settings.model
+      self._frames.append(_tower(model).fit(frame.rgb()) if model else frame.rgb_at(_WIDTH))
 
   def scores(self) -> dict[str, Any]:
     if not self._frames:
       return {"embedding": None}
     if not self._settings.model:
       return {"embedding": histograms(self._frames).tolist()}
-    tower = models.onnx(self._settings.model, models.CLIP_MEAN, models.CLIP_STD)
-    return {"embedding": models.unit(models.unit(tower(self._frames)).mean(axis=0)).tolist()}
+    return {stage.UNSEEN: self._frames}
 
 
 def histograms(frames: list[np.ndarray]) -> np.ndarray:

@@ -8,6 +8,7 @@ which the paper uses): give its ONNX file. Not here: who is a copy of whom (`cop
 
 import dataclasses
 import importlib.metadata
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -56,6 +57,13 @@ class Hashes(stage.FrameStage):
   def observer(self, row: stage.Row) -> "Observer":
     return Observer(self, sampling.duration(row))
 
+  def see(self, clips: Sequence[Sequence[np.ndarray]]) -> list[dict[str, Any]]:
+    return [{"copy_embedding": mean} for mean in models.means(_tower(self.model), clips)]
+
+
+def _tower(model: str) -> models.ImageModel:
+  return models.onnx(model, models.IMAGENET_MEAN, models.IMAGENET_STD)
+
 
 class Observer:
   """Keeps the hashes, and the few frames that the network is to see."""
@@ -72,20 +80,13 @@ class Observer:
     if self._taker.wants(frame.time):
       self._hashes.append(pdq(frame.rgb_at(_WIDTH)))
     if self._shown.wants(frame.time):
-      self._frames.append(frame.rgb())
+      self._frames.append(_tower(self._settings.model).fit(frame.rgb()))
 
   def scores(self) -> dict[str, Any]:
     if not self._hashes:
       return dict.fromkeys(Hashes.columns)
-    embedding = None
-    if self._frames:
-      tower = models.onnx(self._settings.model, models.IMAGENET_MEAN, models.IMAGENET_STD)
-      embedding = models.unit(models.unit(tower(self._frames)).mean(axis=0)).tolist()
-    return {
-      "copy_hashes": self._hashes,
-      "copy_hash_rate": self._settings.per_second,
-      "copy_embedding": embedding,
-    }
+    later = {stage.UNSEEN: self._frames} if self._frames else {"copy_embedding": None}
+    return {"copy_hashes": self._hashes, "copy_hash_rate": self._settings.per_second, **later}
 
 
 def pdq(rgb: np.ndarray) -> bytes:

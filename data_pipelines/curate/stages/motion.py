@@ -61,14 +61,15 @@ class Motion(FrameStage):
 class _Observer:
   def __init__(self):
     self._blurred: np.ndarray | None = None
+    self._spare: np.ndarray | None = None  # so that no frame asks for new memory
     self._values: list[float] = []
     self._first = self._last = 0.0
 
   def frame(self, frame: Frame) -> None:
-    blurred = blur(frame.luma)
+    blurred = blur(frame.luma, self._spare)
     known = self._blurred is not None and self._blurred.shape == blurred.shape
     self._values.append(motion(blurred, self._blurred) if known else 0.0)
-    self._blurred = blurred
+    self._spare, self._blurred = self._blurred, blurred
     if len(self._values) == 1:
       self._first = frame.time
     self._last = frame.time
@@ -90,13 +91,14 @@ class _Observer:
     }
 
 
-def blur(luma: np.ndarray) -> np.ndarray:
-  """uint8 [H, W] -> int16 [H, W], blurred, in 128ths of a level.
+def blur(luma: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+  """uint8 [H, W] -> int16 [H, W], blurred, in 128ths of a level; in `out` if that fits.
 
   Borders are mirrored without the outermost pixel on the left and top, with it on the other two.
   """
+  out = out if out is not None and out.shape == luma.shape else None
   blurred = cv2.sepFilter2D(
-    luma, cv2.CV_16S, _KERNEL * 8, _KERNEL * 16, borderType=cv2.BORDER_REFLECT_101
+    luma, cv2.CV_16S, _KERNEL * 8, _KERNEL * 16, dst=out, borderType=cv2.BORDER_REFLECT_101
   )
   # OpenCV knows one border for all sides. The far ones once more, where they weigh in the mean.
   if min(luma.shape) > 8 and luma.size < _LARGE:

@@ -1,7 +1,8 @@
 """The exact hash of a file's video: equal for files that differ only in their wrapping.
 
 It is over the demuxed packets, so a file that was remuxed, renamed or given another sound track is
-found, and nothing is decoded. What was encoded again is found by `copies`.
+found, and nothing is decoded. What was encoded again is found by `copies`. Since every byte is read
+here, so are the checksums of containers that have some.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ from typing import Any
 import av
 import pyarrow as pa
 
-from data_pipelines.curate import stage
+from data_pipelines.curate import containers, stage
 from mgen_jax.data import media
 
 
@@ -20,12 +21,21 @@ class Packets(stage.SourceStage):
   """A file without video that can be demuxed has no hash: probe says what is wrong with it."""
 
   name = "packets"
+  code = 2
   columns = {"packets_md5": pa.string()}
 
   def scorer(self) -> str:
     return "md5 of packets"
 
   def score(self, path: str) -> dict[str, Any]:
+    with open(path, "rb") as file:
+      place = containers.wrong_part(file)
+    if place is not None:
+      return {
+        "packets_md5": None,
+        "error_code": "damaged",
+        "error": f"{path} is damaged: the part at byte {place} lacks the checksum it states.",
+      }
     digest = hashlib.md5(usedforsecurity=False)
     count = 0
     try:

@@ -33,6 +33,7 @@ class Scan(FrameStage):
   """
 
   name: ClassVar[str] = "scan"
+  code: ClassVar[int] = 2  # damage that the decoder does not tell is refused
   level: ClassVar[str] = "source"
   columns: ClassVar[dict[str, pa.DataType]] = {
     "cuts": pa.list_(pa.float64()),  # seconds; the first frames of all scenes but the first

@@ -111,6 +111,7 @@ class _Observer:
 def estimate(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
   """Vectors from one luma [H, W] to the next: (mean length in pixels, coverage)."""
   graph = av.filter.Graph()
+  graph.threads = 1
   pictures = [
     av.VideoFrame.from_ndarray(np.ascontiguousarray(luma), format="gray")
     for luma in (first, second)

@@ -19,4 +19,7 @@ def show(settings, video, fps=10.0, **row):
       return small if form == "rgb" else cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
 
     observer.frame(stage.Frame(index, index / fps, index, read))
-  return observer.scores()
+  scores = observer.scores()
+  if stage.UNSEEN in scores:
+    scores |= settings.see([scores.pop(stage.UNSEEN)])[0]
+  return scores

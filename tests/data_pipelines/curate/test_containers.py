@@ -10,8 +10,9 @@ from PIL import Image
 
 pytest.importorskip("cv2")
 
-from data_pipelines.curate.containers import Declared, declared
-from data_pipelines.curate.decode import Limits, decode_frames
+from data_pipelines.curate.containers import Declared, declared, wrong_part
+from data_pipelines.curate.decode import DecodeError, Limits, decode_frames
+from data_pipelines.curate.stages.packets import Packets
 from data_pipelines.curate.stages.probe import Probe
 from mgen_jax.data.media import encode_video
 from tests.data_pipelines.curate.watching import moving
@@ -97,10 +98,11 @@ def test_every_form_is_read_whole_and_in_part(name, tmp_path):
   assert len(part) > 10
 
 
+@pytest.mark.parametrize("codec", ["libx264", "libvpx-vp9"])  # of VP9 another decoder shows most
 @pytest.mark.parametrize("rotation", [90, 180, -90])
-def test_frames_are_upright_however_they_are_stored(rotation, tmp_path):
+def test_frames_are_upright_however_they_are_stored(rotation, codec, tmp_path):
   path = tmp_path / "phone.mp4"
-  write(path, rotation=rotation)
+  write(path, rotation=rotation, codec=codec)
   probed = Probe().score(str(path))
   upright = (96, 64) if rotation == 180 else (64, 96)
   assert (probed["width"], probed["height"]) == upright
@@ -125,3 +127,41 @@ def test_headers_are_read_without_a_decoder():
       assert found == Declared(size=len(data))
     assert declared(io.BytesIO(data[:40])).pixels == 0
   assert declared(io.BytesIO(b"")) == Declared()
+
+
+def test_checksums_of_matroska_tell_where_a_byte_was_altered(tmp_path):
+  video = moving(1, 1, FPS, 64, 96)
+  data = encode_video(video, FPS, container=".mkv")
+  assert wrong_part(io.BytesIO(data)) is None
+  cluster = data.index(b"\x1f\x43\xb6\x75")
+  place = len(data) // 2
+  altered = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+  assert cluster < place and wrong_part(io.BytesIO(altered)) == cluster
+  for name, content, code in (("a.mkv", data, None), ("b.mkv", altered, "damaged")):
+    (tmp_path / name).write_bytes(content)
+    found = Packets().score(str(tmp_path / name))
+    assert found.get("error_code") == code and (found["packets_md5"] is None) == bool(code)
+  for other in (".webm", ".mp4"):  # these have none
+    codec = "libvpx-vp9" if other == ".webm" else "libx264"
+    found = encode_video(video, FPS, container=other, codec=codec)
+    assert wrong_part(io.BytesIO(found[:900] + b"x" + found[901:])) is None
+  assert wrong_part(io.BytesIO(b"")) is None
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_an_avi_that_lost_a_frame_is_damaged(lost, tmp_path):
+  path = tmp_path / "old.avi"
+  write(path, codec="mjpeg", pixels="yuvj420p")
+  data = bytearray(path.read_bytes())
+  places = [n for n in range(len(data)) if data[n : n + 4] == b"00dc"]
+  movie = data.index(b"movi")
+  frames = [n for n in places if n > movie][:FRAMES]
+  if lost:
+    data[frames[30] : frames[30] + 4] = b"JUNK"  # the index still lists it
+  path.write_bytes(data)
+  if not lost:
+    assert len(read(path)) == FRAMES
+    return
+  with pytest.raises(DecodeError) as caught:
+    read(path)
+  assert caught.value.code == "damaged"

@@ -126,7 +126,7 @@ def test_ray_writes_the_same_bytes_though_a_worker_is_killed(videos, expected, t
   """A real cluster of three nodes on this machine, each with one worker; one is killed at work."""
   ray = pytest.importorskip("ray", reason="needs the extra: pip install mgen_jax[ray]")
   cluster_utils = pytest.importorskip("ray.cluster_utils")
-  from data_pipelines.curate.engines.ray import Ray, _Worker
+  from data_pipelines.curate.engines.ray import Ray
 
   cluster = cluster_utils.Cluster(
     initialize_head=True,
@@ -151,11 +151,17 @@ def test_ray_writes_the_same_bytes_though_a_worker_is_killed(videos, expected, t
           killed.append(done.pid)
         yield done
 
+    def close(self):
+      """Not after the first run: there is a second one."""
+
   try:
     engine = Watched(3, [cluster.address])
     curate(slow(), videos, tmp_path / "out", engine)
-    unit = _Worker(fail, [types.SimpleNamespace(partition=3)])
-    assert unit({"task": 0})["fault"] == "unit 3 cannot be done."
+    with pytest.raises(UserError, match="cannot be done"):
+      list(engine.run(fail, [types.SimpleNamespace(partition=number) for number in range(4)]))
+    Ray.close(engine)
+    with pytest.raises(RuntimeError, match="is closed"):
+      list(engine.run(fail, [types.SimpleNamespace(partition=0)]))
   finally:
     ray.shutdown()
     cluster.shutdown()
