@@ -160,7 +160,6 @@ class Attention(nn.Module):
     else:  # every device has the whole text: there is nothing to exchange
       out = attention(query, key, value, mask=mask, split_keys=False)
     out = nn.with_logical_constraint(out, HEADS).reshape(batch, tokens, width)
-    out = checkpoint_name(out, "attention")
     quiet = source is not None and cfg.cross_zero_init
     init = nn.initializers.zeros if quiet else layers.fan_in_init
     return dense(width, ("heads", "embed"), kernel_init=init, inputs=HEADS[:2], name="out")(out)

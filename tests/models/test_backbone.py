@@ -14,6 +14,7 @@ from mgen_jax.errors import ConfigError
 from mgen_jax.models import backbone, positions
 from mgen_jax.models import remat as remat_lib
 from mgen_jax.models.backbone import Backbone, BackboneConfig
+from mgen_jax.parallel.attention import kernels
 
 TINY = BackboneConfig(
   layers=2,
@@ -272,7 +273,7 @@ def test_only_the_self_attention_is_told_how_to_cross_the_context_axis(monkeypat
 
 @pytest.mark.parametrize(
   "remat",
-  [*sorted(set(remat_lib.POLICIES) - {"offload"}), "save:projection,mlp_projection", "mine"],
+  [*sorted(remat_lib.POLICIES), "save:projection,mlp_projection", "offload:attention", "mine"],
 )
 def test_remat_and_unroll_change_no_value_and_no_gradient(remat, monkeypatch):
   monkeypatch.setattr(remat_lib, "POLICIES", dict(remat_lib.POLICIES))
@@ -304,6 +305,29 @@ def test_remat_policies_keep_what_they_name():
   assert counts["none"] < counts["save_projections"] < counts["full"]
   assert counts["save_dots"] < counts["full"]
   assert products("save:projection,attention,mlp_projection") < counts["save_projections"]
+
+
+def _kept(config):
+  """Shapes of what the layers keep for their backward pass, as text."""
+  params, inputs = _random_params(config), _inputs(config)
+  loss = lambda p: jnp.square(Backbone(config).apply({"params": p}, *inputs)).sum()  # noqa: E731
+  program = str(jax.make_jaxpr(jax.grad(loss))(params))
+  forward = next(line for line in program.splitlines() if "= scan[" in line)
+  return [word.split(":")[1] for word in forward.split("=")[0].split()]
+
+
+@pytest.mark.parametrize("kernel", ["plain", "blockwise"])
+def test_the_result_of_an_attention_is_kept_once(kernel, monkeypatch):
+  monkeypatch.setattr(kernels, "choose", lambda q, k: kernel)
+  kept = _kept(dataclasses.replace(TINY, remat="save_attention"))
+  sizes = [math.prod(map(int, shape.split("[")[1][:-1].split(","))) for shape in kept]
+  # Of both layers, for all tokens: the layer's input, and of each of its two attentions the result.
+  assert sizes.count(2 * 2 * 12 * TINY.width) == 3, kept
+
+
+def test_an_offloaded_input_waits_in_the_hosts_memory():
+  kept = _kept(dataclasses.replace(TINY, remat="offload"))
+  assert [shape for shape in kept if "host" in shape] == ["f32<host>[2,2,12,32]"]
 
 
 def test_unknown_remat_policies_are_refused():
