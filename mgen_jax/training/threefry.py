@@ -30,7 +30,9 @@ def _hash(first: Array, second: Array, high: Array, low: Array) -> tuple[Array, 
 @_hash.def_vmap
 def _hash_of_many(size, batched, *words):
   """The same program for many keys, many counters, or both."""
-  lead = [w if b else jnp.broadcast_to(w, (size, *w.shape)) for w, b in zip(words, batched)]
+  lead = [
+    w if b else jnp.broadcast_to(w, (size, *w.shape)) for w, b in zip(words, batched, strict=True)
+  ]
   rank = max(w.ndim for w in lead)
   aligned = [w.reshape(w.shape + (1,) * (rank - w.ndim)) for w in lead]
   return _hash(*aligned), (True, True)
@@ -59,7 +61,7 @@ def _draw(key: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
   zero = jnp.zeros((), jnp.uint32)
   if count <= _FEW:
     words = [_hash(key[0], key[1], zero, zero + np.uint32(i)) for i in range(count)]
-    return tuple(jnp.stack(word).reshape(shape) for word in zip(*words))
+    return tuple(jnp.stack(word).reshape(shape) for word in zip(*words, strict=True))
   low = jnp.zeros(shape, jnp.uint32)
   for dim in range(len(shape)):  # dimension by dimension, so that each device makes its own part
     stride = np.uint32(math.prod(shape[dim + 1 :]))
