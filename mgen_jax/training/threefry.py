@@ -59,7 +59,7 @@ def _draw(key: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
   if count >= 1 << 32:
     raise ValueError(f"{shape} are more numbers than are drawn from one key: split it.")
   zero = jnp.zeros((), jnp.uint32)
-  if count <= _FEW:
+  if 0 < count <= _FEW:
     words = [_hash(key[0], key[1], zero, zero + np.uint32(i)) for i in range(count)]
     return tuple(jnp.stack(word).reshape(shape) for word in zip(*words, strict=True))
   low = jnp.zeros(shape, jnp.uint32)

@@ -8,6 +8,7 @@ import pytest
 from mgen_jax.training import state, threefry
 
 DRAWS = {
+  "none": lambda key: jax.random.normal(key, (0, 3)),
   "one": lambda key: jax.random.normal(key),
   "row": lambda key: jax.random.normal(key, (7,)),
   "video": lambda key: jax.random.normal(key, (2, 3, 5, 4)),
