@@ -33,7 +33,7 @@ from mgen_jax.data.buckets import Bucket, parse_bucket
 from mgen_jax.data.files import write_text_atomic
 from mgen_jax.errors import UserError, suggest
 from mgen_jax.parallel import mesh as mesh_lib
-from mgen_jax.planning import planner, report, sampling, topologies
+from mgen_jax.planning import apart, planner, report, sampling, topologies
 from mgen_jax.planning import search as search_lib
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment.")
@@ -47,6 +47,9 @@ _BUCKET = flags.DEFINE_string(
 _ALL_BUCKETS = flags.DEFINE_bool("all_buckets", False, "Plan every bucket of the stage.")
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes, remat policies and accumulations.")
 _TRIES = flags.DEFINE_integer("tries", 6, "With --search: how many choices to compile.", 1)
+_TRY_SECONDS = flags.DEFINE_float(
+  "try_seconds", 900, "With --search or --all_buckets: the most that one program may take.", 1
+)
 _COMPARE = flags.DEFINE_string(
   "compare", None, "A saved plan to compare with; two, with a comma, are compared as they are."
 )
@@ -99,26 +102,33 @@ def main(argv: Sequence[str]) -> None:
   jax.config.update("jax_enable_compilation_cache", False)
   devices = topologies.devices(topology)
   where = (experiment, name, buckets[0], topology, devices)
-  plans = []
-  for number, bucket in enumerate(buckets, start=1):
-    logging.info(
-      "compiling %s of stage %s, bucket %s (%d of %d), for %s",
-      *("the sampler" if wanted else "the step", name, bucket.name, number, len(buckets)),
-      topology.name,
-    )
-    if wanted is None:
-      plans.append(planner.make_plan(experiment, name, bucket, topology, devices))
-    else:
-      plans.append(planner.make_sample_plan(experiment, name, bucket, topology, devices, wanted))
-  record = dict(max(plans, key=lambda plan: plan.memory.total).record)
-  if len(plans) > 1:
-    record["buckets"] = {plan.record["bucket"]: plan.record for plan in plans}
-    record["fits"] = all(plan.fits for plan in plans)
+  logging.info(
+    "compiling %s of stage %s, bucket %s, for %s",
+    *("the sampler" if wanted else "the step", name, buckets[0].name, topology.name),
+  )
+  if wanted is None:
+    first = planner.make_plan(*where)
+  else:
+    first = planner.make_sample_plan(*where, wanted)
+  record = first.record
+  if len(buckets) > 1:
+    record = plan_buckets(first, buckets)
   if _SEARCH.value:
+
+    def one(changes: str) -> planner.Plan:
+      flags = [*own_flags(sys.argv, ["mesh"]), f"--bucket={buckets[0].name}", *changes.split()]
+      return apart.plan(flags, _TRY_SECONDS.value)
+
+    def keep(trials: list[search_lib.Trial]) -> None:
+      record["search"] = [trial.record() for trial in trials]
+      save_record(record)
+
     if wanted is None:
-      trials = search_lib.search(*where, plans[0], _TRIES.value)
+      trials = search_lib.search(*where, first, _TRIES.value, apart=one, after_each=keep)
     else:
-      trials = search_lib.search_sampling(*where, plans[0], wanted, _TRIES.value)
+      trials = search_lib.search_sampling(
+        *where, first, wanted, _TRIES.value, apart=one, after_each=keep
+      )
     record["search"] = [trial.record() for trial in trials]
 
   def draw(to: rich.console.Console) -> None:
@@ -128,7 +138,54 @@ def main(argv: Sequence[str]) -> None:
 
   draw(console)
   if _OUT.value:
-    save(_OUT.value, record, report.as_text(draw), [plan.record for plan in plans])
+    shown = list(record.get("buckets", {"": record}).values())
+    save(_OUT.value, record, report.as_text(draw), shown)
+
+
+def plan_buckets(first: planner.Plan, buckets: Sequence[Bucket]) -> dict[str, Any]:
+  """The plan of the bucket that needs most memory, with all of them under "buckets".
+
+  Each is made in a process of its own. A bucket that is another one on its side is the same
+  program but for the order of its axes, and takes its figures.
+  """
+  plans = {buckets[0].name: first.record}
+  record = dict(first.record)
+  for number, bucket in enumerate(buckets[1:], start=2):
+    twin = Bucket(bucket.frames, bucket.width, bucket.height).name
+    if twin in plans:
+      plans[bucket.name] = {**plans[twin], "bucket": bucket.name, "same_as": twin}
+    else:
+      logging.info("compiling bucket %s (%d of %d)", bucket.name, number, len(buckets))
+      changes = [*own_flags(sys.argv), f"--bucket={bucket.name}"]
+      plans[bucket.name] = apart.plan(changes, _TRY_SECONDS.value).record
+    record = dict(max(plans.values(), key=lambda plan: plan["memory_gib"]["total"]))
+    record["buckets"] = plans
+    record["fits"] = all(plan["fits"] for plan in plans.values())
+    save_record(record)
+  return record
+
+
+# Flags that are of this process, not of a plan that it has made in another.
+_OWN = ("tries", "try_seconds", "bucket", "compare", "out")
+_SWITCHES = ("search", "all_buckets")
+
+
+def own_flags(argv: Sequence[str], without: Sequence[str] = ()) -> list[str]:
+  """The flags of a command line, but for those of `_OWN` and `without`."""
+  kept, value_follows = [], False
+  for part in argv[1:]:
+    name, equals, _ = part.lstrip("-").partition("=")
+    if value_follows and not part.startswith("-"):
+      value_follows = False
+      continue
+    value_follows = False
+    if part.startswith("-") and name.removeprefix("no") in _SWITCHES:
+      continue
+    if part.startswith("-") and name in (*_OWN, *without):
+      value_follows = not equals
+      continue
+    kept.append(part)
+  return kept
 
 
 def pick_stage(experiment: Experiment, name: str | None) -> str:
@@ -205,13 +262,24 @@ def read_plan(path: str) -> dict[str, Any]:
 
 def save(out: str, record: dict[str, Any], text: str, shown: list[dict[str, Any]]) -> None:
   """Writes the plan as JSON, as text and as a picture, side by side."""
-  path = Path(out)
-  stem = path.with_suffix("") if path.suffix in (".json", ".txt", ".png") else path
-  stem.parent.mkdir(parents=True, exist_ok=True)
-  write_text_atomic(stem.with_name(stem.name + ".json"), json.dumps(record, indent=2) + "\n")
+  save_record(record)
+  stem = _stem(out)
   write_text_atomic(stem.with_name(stem.name + ".txt"), text)
   stem.with_name(stem.name + ".png").write_bytes(report.picture(shown))
   logging.info("saved %s.json, .txt and .png", stem)
+
+
+def save_record(record: dict[str, Any]) -> None:
+  """Writes the JSON, if there is to be one: also of what is not yet complete."""
+  if _OUT.value:
+    stem = _stem(_OUT.value)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(stem.with_name(stem.name + ".json"), json.dumps(record, indent=2) + "\n")
+
+
+def _stem(out: str) -> Path:
+  path = Path(out)
+  return path.with_suffix("") if path.suffix in (".json", ".txt", ".png") else path
 
 
 if __name__ == "__main__":

@@ -93,3 +93,30 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path, text):
   (tmp_path / "x.json").write_text(text)
   with pytest.raises(UserError, match=r"--compare=.*x\.json is not"):
     plan.read_plan(f"{tmp_path}/x.json")
+
+
+def test_a_plan_of_another_process_gets_the_flags_but_those_of_this_one():
+  line = (
+    "plan --config=a.py --search --tries 3 --out=x --bucket=1x2x3 --noall_buckets --mesh=fsdp=8"
+  )
+  line += " --config.stages.a.mesh.fsdp=2 --stage s --try_seconds=5"
+  kept = ["--config=a.py", "--mesh=fsdp=8", "--config.stages.a.mesh.fsdp=2", "--stage", "s"]
+  assert plan.own_flags(line.split()) == kept
+  assert plan.own_flags(line.split(), ["mesh"]) == [kept[0], *kept[2:]]
+
+
+@pytest.mark.slow
+def test_a_search_and_all_buckets_leave_what_they_found(tmp_path):
+  out = tmp_path / "plan"
+  flags = (*TINY, "--topology=cpu:8", "--all_buckets", "--search", "--tries=1", f"--out={out}")
+  done = run(*flags)
+  assert done.returncode == 0, done.stderr
+  record = json.loads((tmp_path / "plan.json").read_text())
+  assert len(record["search"]) == 2 and "tried 1 of 1" in done.stderr
+  totals = {name: made["memory_gib"]["total"] for name, made in record["buckets"].items()}
+  stage = config_lib.resolve(tiny.get_config()).stages["t2v"]
+  assert set(totals) == {bucket.name for bucket in stage.batches()}
+  assert record["memory_gib"]["total"] == max(totals.values())
+
+  done = run(*flags, "--try_seconds=1")
+  assert done.returncode == 2 and "give --try_seconds more" in done.stderr

@@ -160,7 +160,6 @@ class Attention(nn.Module):
     else:  # every device has the whole text: there is nothing to exchange
       out = attention(query, key, value, mask=mask, split_keys=False)
     out = nn.with_logical_constraint(out, HEADS).reshape(batch, tokens, width)
-    out = checkpoint_name(out, "attention")
     quiet = source is not None and cfg.cross_zero_init
     init = nn.initializers.zeros if quiet else layers.fan_in_init
     return dense(width, ("heads", "embed"), kernel_init=init, inputs=HEADS[:2], name="out")(out)
@@ -354,7 +353,7 @@ class Backbone(nn.Module):
         f"context widths {[source.shape[-1] for source in sources]} differ from the model's "
         f"context_widths {list(cfg.context_widths)}: set them to the text encoders' widths"
       )
-    texts = []
+    texts, scales, biases = [], [], []
     for index, source in enumerate(sources):
       y = layers.Dense(
         cfg.width,
@@ -363,8 +362,14 @@ class Backbone(nn.Module):
         dtype=cfg.dtype,
         name=f"context_{index}",
       )(source)
-      texts.append(layers.Norm("layer", dtype=cfg.dtype, name=f"context_norm_{index}")(y))
-    text = nn.with_logical_constraint(jnp.concatenate(texts, 1), CONTEXT)
+      texts.append(y)
+      scale, bias = layers.Affine(cfg.width, name=f"context_norm_{index}")()
+      scales.append(jnp.broadcast_to(scale, y.shape[1:]))
+      biases.append(jnp.broadcast_to(bias, y.shape[1:]))
+    # All tokens are normalised at once, each with its own encoder's scale and bias.
+    text = layers.Norm("layer", affine=False)(jnp.concatenate(texts, 1))
+    text = text * jnp.concatenate(scales) + jnp.concatenate(biases)
+    text = nn.with_logical_constraint(text.astype(cfg.dtype), CONTEXT)
     if all(mask is None for mask in masks):
       return text, None
     masks = [

@@ -85,7 +85,7 @@ class Attention(nn.Module):
     # The frames of a clip are few: they stay on one device, and places are a batch.
     method = None if self.temporal else cfg.context_parallel
     out = attention(heads("query"), heads("key"), heads("value"), context_parallel=method)
-    out = checkpoint_name(out.reshape(batch, groups, length, self.heads * size), "attention")
+    out = out.reshape(batch, groups, length, self.heads * size)
     return layers.Dense(
       width, ("heads", "embed"), use_bias=True, dtype=cfg.dtype, kernel_init=xavier, name="out"
     )(out)
@@ -122,7 +122,7 @@ class CrossAttention(nn.Module):
     out = attend(query[:, :video], slice(0, 1), 1)
     if texts > 1:
       out = jnp.concatenate([out, attend(query[:, video:], slice(1, None), texts - 1)], 1)
-    out = checkpoint_name(out.reshape(batch, frames, tokens, width), "attention")
+    out = out.reshape(batch, frames, tokens, width)
     return layers.Dense(
       width, ("heads", "embed"), use_bias=True, dtype=cfg.dtype, kernel_init=zeros, name="out"
     )(out)

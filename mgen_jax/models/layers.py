@@ -5,6 +5,7 @@ mesh axes); `dtype` is the type of the computation. Norms compute in fp32 whatev
 Parameters named None in a dimension are replicated there.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -70,15 +71,37 @@ class Norm(nn.Module):
   def __call__(self, x: Array) -> Array:
     if self.kind not in ("rms", "layer"):
       raise ValueError(f"unknown norm {self.kind!r}: use 'rms' or 'layer'")
-    x = x.astype(jnp.float32)
-    if self.kind == "layer":
-      x = x - x.mean(-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.eps)
+    parameters = []
     if self.affine:
-      x = x * self.param("scale", partitioned(nn.initializers.ones, None), (x.shape[-1],))
+      parameters = [self.param("scale", partitioned(nn.initializers.ones, None), (x.shape[-1],))]
       if self.kind == "layer":
-        x = x + self.param("bias", partitioned(nn.initializers.zeros, None), (x.shape[-1],))
-    return x.astype(self.dtype)
+        bias = self.param("bias", partitioned(nn.initializers.zeros, None), (x.shape[-1],))
+        parameters.append(bias)
+    return _normalised(x, *parameters, kind=self.kind, eps=self.eps, dtype=self.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "eps", "dtype"))  # written once in a program
+def _normalised(
+  x: Array, scale: Array | None = None, bias: Array | None = None, *, kind: str, eps: float, dtype
+) -> Array:
+  x = x.astype(jnp.float32)
+  if kind == "layer":
+    x = x - x.mean(-1, keepdims=True)
+  x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+  x = x if scale is None else x * scale
+  x = x if bias is None else x + bias
+  return x.astype(dtype)
+
+
+class Affine(nn.Module):
+  """Scale and bias [width] of a norm that is computed elsewhere, for several inputs at once."""
+
+  width: int
+
+  @nn.compact
+  def __call__(self) -> tuple[Array, Array]:
+    scale = self.param("scale", partitioned(nn.initializers.ones, None), (self.width,))
+    return scale, self.param("bias", partitioned(nn.initializers.zeros, None), (self.width,))
 
 
 class GroupNorm(nn.Module):

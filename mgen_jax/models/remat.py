@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from mgen_jax.errors import ConfigError
+from mgen_jax.parallel.attention import kernels
 
 Policy = Callable[..., Any]
 
@@ -28,7 +29,14 @@ _policies = jax.checkpoint_policies
 
 
 def _save(*names: str) -> Policy:
-  return _policies.save_only_these_names(*names)
+  named = _policies.save_only_these_names(*names)
+  if kernels.SAVED_NAME not in names:
+    return named
+
+  def cudnn(primitive, *_, **__):
+    return primitive.name == kernels.CUDNN_PRIMITIVE
+
+  return _policies.save_from_both_policies(named, cudnn)
 
 
 def _offload(*names: str) -> Policy:

@@ -33,6 +33,8 @@ _FREE = {
   *("async-start", "async-update", "async-done", "domain", "add-dependency"),
 }
 
+_FUSIONS = ("fusion", "fusion-start")
+
 # Products of the size of queries x keys x head_dim in a kernel, by a part of its name. The
 # backward pass computes the scores again: q k', dO v', dS k, dS' q, P' dO.
 _ATTENTION_PRODUCTS = (
@@ -104,7 +106,7 @@ def costs_of(module: Module, mesh_shape: dict[str, int]) -> Costs:
   """
   ops, loops, kernels = [], [], []
   for computation, instruction, times in module.visits(loops):
-    below = module.called(instruction) if instruction.opcode == "fusion" else None
+    below = module.called(instruction) if instruction.opcode in _FUSIONS else None
     moved, host = _bytes(module, computation, instruction, below)
     flops = _flops(module, computation, instruction, kernels)
     collectives = _collectives(module, computation, instruction, below, mesh_shape)
@@ -123,7 +125,7 @@ def _flops(
 ) -> int:
   """FLOPs of an instruction, with what is fused into it."""
   opcode = instruction.opcode
-  if opcode == "fusion":
+  if opcode in _FUSIONS:
     below = module.called(instruction)
     inside = below.instructions if below is not None else ()
     return sum(_flops(module, below, i, unknown) for i in inside)
@@ -249,14 +251,16 @@ def _bytes(
   writes = list(instruction.shapes)
   if opcode.endswith("-start"):  # its result repeats its operands, and may hold flags
     writes = writes[:1] if opcode == "copy-start" else _results(instruction, reads)
-  if opcode in ("dynamic-slice", "gather", "slice"):
-    reads = writes
-  elif opcode == "dynamic-update-slice":
-    reads = writes = reads[1:2]
+  kind = opcode.removesuffix("-start")
+  if kind in ("dynamic-slice", "gather", "slice"):  # a part of an array, where that lies
+    reads = [Shape(s.dtype, s.dims, reads[0].space) for s in writes]
+  elif kind == "dynamic-update-slice":
+    reads, target = reads[1:2], reads[0]
+    writes = [Shape(s.dtype, s.dims, target.space) for s in reads]
   elif opcode == "broadcast":
     reads = []
   elif below is not None:
-    reads, writes = _fused_traffic(computation, instruction, below)
+    reads, writes = _fused_traffic(computation, instruction, writes, below)
   host = sum(s.bytes for s in (*reads, *writes) if s.space == 5)
   return sum(s.bytes for s in (*reads, *writes) if s.space == 0), host
 
@@ -264,13 +268,15 @@ def _bytes(
 def _results(start: Instruction, reads: Sequence[Shape]) -> list[Shape]:
   """The results of an asynchronous start, whose shapes repeat the operands first."""
   shapes = list(start.shapes)
+  if start.opcode in ("fusion-start", "dynamic-slice-start", "dynamic-update-slice-start"):
+    return [s for s in shapes[len(reads) :] if s.dims]  # without their flags
   if start.opcode == "all-reduce-start" or len(shapes) < 2 * len(reads):
     return shapes
   return shapes[len(reads) : 2 * len(reads)]
 
 
 def _fused_traffic(
-  computation: Computation, instruction: Instruction, below: Computation
+  computation: Computation, instruction: Instruction, results: Sequence[Shape], below: Computation
 ) -> tuple[list[Shape], list[Shape]]:
   """What a fusion reads and writes: of arrays that it only slices or updates, the slices."""
   users: dict[str, list[Instruction]] = {}
@@ -311,7 +317,7 @@ def _fused_traffic(
   if root.opcode == "tuple":
     roots = [below.by_name[name] for name in root.operands]
   writes = []
-  for inner, shape in zip(roots, instruction.shapes, strict=False):
+  for inner, shape in zip(roots, results, strict=False):
     while inner.opcode in ("bitcast", "copy") and inner.operands:
       inner = below.by_name[inner.operands[0]]
     if inner.opcode == "dynamic-update-slice" and len(inner.operands) > 1:

@@ -5,6 +5,8 @@ are ranked. Not here: the estimate itself (`estimate.py`).
 """
 
 import dataclasses
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +23,10 @@ from mgen_jax.planning.topologies import Topology
 
 # What an estimate may be off by before a choice is left out for its memory.
 _TOLERANCE = 1.15
+
+
+# Plans what the flags of a choice say, in some other way than in this process (`apart.plan`).
+PlanApart = Callable[[str], Plan]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +70,9 @@ def search(
   devices: list[jax.Device],
   base: Plan,
   tries: int,
+  *,
+  apart: PlanApart | None = None,
+  after_each: Callable[[list[Trial]], None] = lambda trials: None,
 ) -> list[Trial]:
   """Compiles the `tries` most promising choices; best first, those that fit before those that
   do not. The stage as it stands is one of them.
@@ -75,6 +84,8 @@ def search(
     topology: the hardware, and `devices`: of it.
     base: the plan of the stage as it stands; estimates are scaled from it.
     tries: programs to compile, the base not counted.
+    apart: plans a choice; by default it is done here.
+    after_each: is given the ranking so far, so that a search which is stopped leaves something.
   """
   stage: TrainStage = experiment.stages[name]
   here = estimate.current(stage, bucket, topology.size)
@@ -82,16 +93,37 @@ def search(
     experiment, name, bucket, topology, base.memory, base.record["step_seconds_bound"]
   )
   trials = [Trial(here, here.flags(name, here), base, base.memory.total / GIB)]
-  for choice, memory in shortlist(estimator, stage, bucket, topology, here, tries):
-    changed = estimate.apply(experiment, name, choice)
-    logging.info("trying %s (estimate: %.1f GiB)", choice, memory.total / GIB)
+  chosen = shortlist(estimator, stage, bucket, topology, here, tries)
+  for number, (choice, memory) in enumerate(chosen, start=1):
+    flags = choice.flags(name, here)
+    where = f"{number} of {len(chosen)}: {choice}"
+    logging.info("trying %s (estimate: %.1f GiB)", where, memory.total / GIB)
+    began = time.perf_counter()
     try:
-      plan = planner.make_plan(changed, name, bucket, topology, devices, advise=False)
+      if apart is not None:
+        plan = apart(flags)
+      else:
+        changed = estimate.apply(experiment, name, choice)
+        plan = planner.make_plan(changed, name, bucket, topology, devices, advise=False)
     except UserError as error:  # the model has a rule of its own about meshes or policies
-      logging.info("left out: %s", error)
+      logging.warning("left out %s: %s", where, error)
       continue
-    trials.append(Trial(choice, choice.flags(name, here), plan, memory.total / GIB))
+    trials.append(Trial(choice, flags, plan, memory.total / GIB))
+    _say(where, trials[-1], began)
+    after_each(rank(trials))
   return rank(trials)
+
+
+def _say(where: str, trial: Trial, began: float) -> None:
+  bound = trial.plan.record["step_seconds_bound"]
+  logging.info(
+    "tried %s: %.1f GiB, %s%s, in %.0f s",
+    where,
+    trial.plan.memory.total / GIB,
+    "fits" if trial.plan.fits else "does not fit",
+    "" if bound is None else f", bound {bound:.3g} s",
+    time.perf_counter() - began,
+  )
 
 
 def search_sampling(
@@ -103,23 +135,36 @@ def search_sampling(
   base: Plan,
   wanted: sampling.Sampling,
   tries: int,
+  *,
+  apart: PlanApart | None = None,
+  after_each: Callable[[list[Trial]], None] = lambda trials: None,
 ) -> list[Trial]:
-  """Plans sampling on up to `tries` other meshes than that of `base`; best first."""
+  """Plans sampling on up to `tries` other meshes than that of `base`; best first. `apart` and
+  `after_each`: see `search`."""
   here = MeshConfig(**base.record["mesh"])
-  plans = {here: base}
+  trials = [_sampled(here, base)]
   for mesh in sampling.meshes(experiment.stages[name], name, bucket, topology):
-    if mesh in plans or (wanted.samples or mesh.fsdp) % mesh.fsdp:
+    if mesh == here or (wanted.samples or mesh.fsdp) % mesh.fsdp:
       continue
-    if len(plans) > tries:
+    if len(trials) > tries:
       break
-    logging.info("trying %s", sampling.flags(mesh))
-    changed = dataclasses.replace(wanted, mesh=mesh)
-    plans[mesh] = planner.make_sample_plan(experiment, name, bucket, topology, devices, changed)
-  trials = []
-  for mesh, plan in plans.items():
-    text = sampling.flags(mesh)
-    trials.append(Trial(text.removeprefix("--mesh="), text, plan, None))
+    where = f"{len(trials)} of {tries}: {sampling.flags(mesh)}"
+    logging.info("trying %s", where)
+    began = time.perf_counter()
+    if apart is not None:
+      plan = apart(sampling.flags(mesh))
+    else:
+      changed = dataclasses.replace(wanted, mesh=mesh)
+      plan = planner.make_sample_plan(experiment, name, bucket, topology, devices, changed)
+    trials.append(_sampled(mesh, plan))
+    _say(where, trials[-1], began)
+    after_each(rank(trials))
   return rank(trials)
+
+
+def _sampled(mesh: MeshConfig, plan: Plan) -> Trial:
+  flags = sampling.flags(mesh)
+  return Trial(flags.removeprefix("--mesh="), flags, plan, None)
 
 
 def shortlist(

@@ -45,7 +45,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
   """The gradient transformation of a stage of `steps` steps."""
   parts = []
   if config.clip_norm:
-    clip = optax.clip_by_global_norm(config.clip_norm)
+    clip = clip_by_norm(config.clip_norm)
     if config.clip_from:
       clip = optax.conditionally_transform(clip, lambda step, **_: step >= config.clip_from)
     parts.append(clip)
@@ -74,6 +74,23 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
       )
     )
   return optax.chain(*parts)
+
+
+def global_norm(tree: Any) -> jax.Array:
+  """The Euclidean norm of all leaves together, fp32 []: that of optax, in half of the operations,
+  which are for real numbers only."""
+  return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
+
+
+def clip_by_norm(limit: float) -> optax.GradientTransformation:
+  """`optax.clip_by_global_norm`, as one factor for all: a third of its work on each gradient."""
+
+  def update(gradients, state, params=None):
+    del params
+    factor = limit / jnp.maximum(global_norm(gradients), limit)
+    return jax.tree.map(lambda gradient: gradient * factor.astype(gradient.dtype), gradients), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def make_optimizers(

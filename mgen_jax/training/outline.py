@@ -18,7 +18,8 @@ def outline(function: Callable[..., Any]) -> Callable[..., Any]:
   """`function` with its repeated parts shared; to be called while tracing (inside `jit`).
 
   Sums of an array to a number split the work in levels: what follows the norm of all gradients is
-  another part than what it is made of. Work on numbers alone is done once, outside the parts.
+  another part than what it is made of. What is asked for twice, as the norm or a schedule is, is
+  done once.
   """
 
   def outlined(*arguments):
@@ -30,17 +31,17 @@ def outline(function: Callable[..., Any]) -> Callable[..., Any]:
     values = dict(zip(closed.jaxpr.invars, leaves, strict=True))
     values |= zip(closed.jaxpr.constvars, closed.consts, strict=True)
     shared: dict[str, Callable[..., Any]] = {}
-    numbers: dict[tuple, list[jax.Array]] = {}
+    known: dict[tuple, list[jax.Array]] = {}
     for part in _parts(closed.jaxpr):
       program, inputs, outputs = _program(part, closed.jaxpr)
       key = str(id(part)) if _hides_constants(program.jaxpr) else str(program)
       given = [values[v] for v in inputs]
-      if _is_scalar(part[0]):  # optimizers compute the same numbers for every parameter
-        key = (key, *map(id, given))
-        made = numbers.get(key) or core.jaxpr_as_fun(program)(*given)
-        numbers[key] = made
-      else:
-        made = shared.setdefault(key, jax.jit(core.jaxpr_as_fun(program)))(*given)
+      made = known.get((key, *map(id, given)))
+      if made is None:
+        run = core.jaxpr_as_fun(program)
+        if not _is_scalar(part[0]):
+          run = shared.setdefault(key, jax.jit(run))
+        made = known[key, *map(id, given)] = run(*given)
       values |= zip(outputs, made, strict=True)
     results = [
       out.val if isinstance(out, core.Literal) else values[out] for out in closed.jaxpr.outvars

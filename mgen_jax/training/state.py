@@ -16,7 +16,7 @@ import optax
 
 from mgen_jax.parallel import rules
 from mgen_jax.tasks.base import Task
-from mgen_jax.training import guard, parameters, plateau
+from mgen_jax.training import guard, parameters, plateau, threefry
 
 
 @flax.struct.dataclass
@@ -56,7 +56,7 @@ def averaged(state: TrainState) -> Any:
 
 def stream_key(seed: int, stream: str, step: int | jax.Array) -> jax.Array:
   """The key of a named random stream at a step."""
-  key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stream.encode()))
+  key = jax.random.fold_in(jax.random.key(seed, impl=threefry.KEYS), zlib.crc32(stream.encode()))
   return jax.random.fold_in(key, step)
 
 

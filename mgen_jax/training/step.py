@@ -16,6 +16,7 @@ from mgen_jax.data.buckets import Bucket
 from mgen_jax.parallel import rules
 from mgen_jax.tasks.base import Task, complete
 from mgen_jax.training import guard, parameters
+from mgen_jax.training import optimizer as optimizer_lib
 from mgen_jax.training import state as state_lib
 from mgen_jax.training.outline import outline
 from mgen_jax.training.state import TrainState
@@ -53,10 +54,14 @@ def loss_and_gradients(
 
   Every example has its own key, so the split changes the order of summation and nothing else.
   """
-  gradient = jax.value_and_grad(loss, has_aux=True)
   if accumulate == 1:
-    (loss, metrics), gradients = gradient(params, batch, keys)
-    return loss, metrics, gradients
+    (total, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch, keys)
+    return total, metrics, gradients
+
+  def share(*inputs):  # of the mean, so that the sum over the passes need not be divided
+    return jax.tree.map(lambda x: x / accumulate, loss(*inputs))
+
+  gradient = jax.value_and_grad(share, has_aux=True)
 
   def split(x):  # [B, ...] -> [accumulate, B / accumulate, ...]
     # Rows i::accumulate form pass i, so that each device keeps the rows that it already holds.
@@ -64,15 +69,14 @@ def loss_and_gradients(
 
   passes = jax.tree.map(split, (batch, keys))
 
-  def one_pass(total, inputs):
-    (loss, metrics), gradients = gradient(params, *inputs)
-    return jax.tree.map(jnp.add, total, (loss, metrics, gradients)), None
+  def one_pass(sums, inputs):
+    (part, metrics), gradients = gradient(params, *inputs)
+    return jax.tree.map(jnp.add, sums, (part, metrics, gradients)), None
 
   first = jax.tree.map(lambda x: x[0], passes)
   shapes = jax.eval_shape(lambda p, x: gradient(p, *x), params, first)
-  (loss, metrics), gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  total, _ = jax.lax.scan(one_pass, (loss, metrics, gradients), passes)
-  return jax.tree.map(lambda x: x / accumulate, total)
+  (part, metrics), gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  return jax.lax.scan(one_pass, (part, metrics, gradients), passes)[0]
 
 
 def ema_decay(config: TrainStage) -> Callable[[jax.Array], jax.Array]:
@@ -119,7 +123,7 @@ def make_train_step(
   """
 
   def update(state: TrainState, loss: jax.Array, gradients: Any):
-    norm = optax.tree.norm(gradients)
+    norm = optimizer_lib.global_norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     if contents.plateau:  # every update is the learning rate times something: so this scales it
       updates = jax.tree.map(lambda update: update * state.plateau.factor, updates)

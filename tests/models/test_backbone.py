@@ -14,6 +14,7 @@ from mgen_jax.errors import ConfigError
 from mgen_jax.models import backbone, positions
 from mgen_jax.models import remat as remat_lib
 from mgen_jax.models.backbone import Backbone, BackboneConfig
+from mgen_jax.parallel.attention import kernels
 
 TINY = BackboneConfig(
   layers=2,
@@ -272,7 +273,7 @@ def test_only_the_self_attention_is_told_how_to_cross_the_context_axis(monkeypat
 
 @pytest.mark.parametrize(
   "remat",
-  [*sorted(set(remat_lib.POLICIES) - {"offload"}), "save:projection,mlp_projection", "mine"],
+  [*sorted(remat_lib.POLICIES), "save:projection,mlp_projection", "offload:attention", "mine"],
 )
 def test_remat_and_unroll_change_no_value_and_no_gradient(remat, monkeypatch):
   monkeypatch.setattr(remat_lib, "POLICIES", dict(remat_lib.POLICIES))
@@ -304,6 +305,40 @@ def test_remat_policies_keep_what_they_name():
   assert counts["none"] < counts["save_projections"] < counts["full"]
   assert counts["save_dots"] < counts["full"]
   assert products("save:projection,attention,mlp_projection") < counts["save_projections"]
+
+
+def _loops(jaxpr):
+  """The scans over layers of a program, in their order."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "scan" and equation.params["length"] == TINY.layers:
+      yield equation
+    else:
+      for value in equation.params.values():
+        inner = getattr(value, "jaxpr", value)
+        yield from _loops(inner) if hasattr(inner, "eqns") else ()
+
+
+def _kept(config):
+  """What the layers keep for their backward pass: the results of the forward scan."""
+  params, inputs = _random_params(config), _inputs(config)
+  loss = lambda p: jnp.square(Backbone(config).apply({"params": p}, *inputs)).sum()  # noqa: E731
+  forward = next(_loops(jax.make_jaxpr(jax.grad(loss))(params).jaxpr))
+  return [variable.aval for variable in forward.outvars]
+
+
+@pytest.mark.parametrize("kernel", ["plain", "blockwise"])
+def test_the_result_of_an_attention_is_kept_once(kernel, monkeypatch):
+  monkeypatch.setattr(kernels, "choose", lambda q, k: kernel)
+  kept = _kept(dataclasses.replace(TINY, remat="save_attention"))
+  sizes = [aval.size for aval in kept]
+  # Of both layers, for all tokens: the layer's input, and of each of its two attentions the result.
+  assert sizes.count(2 * 2 * 12 * TINY.width) == 3, kept
+
+
+def test_an_offloaded_input_waits_in_the_hosts_memory():
+  kept = _kept(dataclasses.replace(TINY, remat="offload"))
+  places = {aval.shape: str(aval.memory_space) for aval in kept}
+  assert "host" in places[2, 2, 12, 32].lower(), places
 
 
 def test_unknown_remat_policies_are_refused():

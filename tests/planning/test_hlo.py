@@ -252,3 +252,31 @@ ENTRY %main (x: bf16[64,8]) -> bf16[8,8] {
   assert found.kind == "reduce-scatter"
   assert found.axes == ("fsdp", "context", "tensor")
   assert found.wire == 64 * 8 * 2 * 7 // 8
+
+
+def test_what_waits_in_the_hosts_memory_counts_by_the_part_that_moves():
+  text = """HloModule m
+
+%update (p: bf16[48,8,4], u: bf16[1,8,4], i: s32[]) -> bf16[48,8,4] {
+  %p = bf16[48,8,4]{2,1,0:S(5)} parameter(0)
+  %u = bf16[1,8,4]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %d = bf16[48,8,4]{2,1,0:S(5)} dynamic-update-slice(%p, %u, %i, %i, %i)
+}
+
+ENTRY %main (u: bf16[1,8,4], i: s32[]) -> bf16[1,8,4] {
+  %u = bf16[1,8,4]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %h = bf16[48,8,4]{2,1,0:S(5)} custom-call(), custom_call_target="AllocateBuffer"
+  %gpu = ((bf16[48,8,4]{2,1,0:S(5)}, bf16[1,8,4]{2,1,0}, s32[]), bf16[48,8,4]{2,1,0:S(5)}, u32[]) fusion-start(%h, %u, %i), kind=kCustom, calls=%update
+  %done = bf16[48,8,4]{2,1,0:S(5)} fusion-done(%gpu)
+  %tpu = ((bf16[48,8,4]{2,1,0:S(5)}, bf16[1,8,4]{2,1,0}, s32[], s32[], s32[]), bf16[48,8,4]{2,1,0:S(5)}, u32[]) dynamic-update-slice-start(%done, %u, %i, %i, %i)
+  %made = bf16[48,8,4]{2,1,0:S(5)} dynamic-update-slice-done(%tpu)
+  %back = ((bf16[48,8,4]{2,1,0:S(5)}, s32[], s32[], s32[]), bf16[1,8,4]{2,1,0}, u32[]) dynamic-slice-start(%made, %i, %i, %i)
+  ROOT %x = bf16[1,8,4]{2,1,0} dynamic-slice-done(%back)
+}
+"""  # noqa: E501
+  part = 8 * 4 * 2
+  found = costs.costs_of(hlo.parse(text), SHAPE)
+  assert [op.host_bytes for op in found.ops] == [part, part, part]
+  assert all(part <= op.bytes <= part + 12 for op in found.ops)  # and the indices

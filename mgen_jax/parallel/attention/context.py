@@ -129,11 +129,12 @@ _ring.defvjp(_ring_forward, _ring_backward)
 def _gather(x: Array) -> Array:
   """[b, n, ...] -> [b, C n, ...].
 
-  The shards are an axis of their own, in front: XLA then keeps the reduce-scatter of the gradient
-  on a TPU, where one within a row becomes an all-reduce, twice the traffic, and a slice.
+  The shards are an axis of their own, in front, and a token's numbers are one row: XLA then keeps
+  the reduce-scatter of the gradient on a TPU. Within a row, or with heads in front of the shards
+  (as the kernels have them), it becomes an all-reduce, twice the traffic, and a slice.
   """
-  shards = jax.lax.all_gather(x, AXIS)  # [C, b, n, ...]
-  return jnp.moveaxis(shards, 0, 1).reshape(x.shape[0], -1, *x.shape[2:])
+  rows = jax.lax.all_gather(x.reshape(*x.shape[:2], -1), AXIS)  # [C, b, n, h d]
+  return jnp.moveaxis(rows, 0, 1).reshape(x.shape[0], -1, *x.shape[2:])
 
 
 def _pass_on(tree):

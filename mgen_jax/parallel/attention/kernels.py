@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mgen_jax.errors import ConfigError, suggest
 from mgen_jax.parallel import mesh as mesh_lib
@@ -19,8 +20,11 @@ Array = jax.Array
 KERNELS = ("plain", "blockwise", "cudnn", "splash")
 
 # What the backward pass of a kernel starts from (its result and log-sum-exp) carries this name, for
-# the policies of `jax.checkpoint` that save it rather than run the kernel again.
+# the policies of `jax.checkpoint` that save it rather than run the kernel again. Nothing else may:
+# what is made of the result would be kept beside it. cuDNN's cannot be named, but for its result:
+# such a policy must keep all outputs of the primitive.
 SAVED_NAME = "attention"
+CUDNN_PRIMITIVE = "dot_product_attention_fwd_wrapper"
 
 # As many scores of a layer may XLA hold on a device: 256 MiB in fp32, and several times that in the
 # gradient; on a CPU rather no more than its caches do.
@@ -81,7 +85,7 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None, options: Options) -
   """Attention of q [b, n, h, d] to k, v [b, m, g, d] where mask [b, m] is True."""
   kernel = options.kernel or choose(q, k)
   if kernel == "plain":
-    return plain(q, k, v, mask)
+    return checkpoint_name(plain(q, k, v, mask), SAVED_NAME)
   if mask is not None:
     q, mask = without_empty_rows(q, mask, mask.any(1))
   if kernel == "cudnn":
