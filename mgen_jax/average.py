@@ -27,16 +27,14 @@ import jax
 from absl import flags, logging
 
 from mgen_jax import cli, schema, tasks
-from mgen_jax import config as config_lib
 from mgen_jax.config import AverageStage
-from mgen_jax.data import files
 from mgen_jax.errors import UserError
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.tasks.base import Task, frozen_shapes
 from mgen_jax.training import inputs, loop, lora, parameters, start, validation
 from mgen_jax.training import state as state_lib
 from mgen_jax.training.checkpoint import Checkpoints
-from mgen_jax.workdir import CONFIG_NAME, Workdir
+from mgen_jax.workdir import Workdir
 
 STEP = 0  # of the one checkpoint of an average
 
@@ -246,21 +244,16 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   if values.workdir is None or not values.of:
     raise UserError("--workdir and --of are needed: see --help.")
   work = Workdir.open(values.workdir)
-  experiment = work.experiment
-  if values.name in experiment.stages and experiment.stages[values.name].kind != "average":
+  if values.name in work.experiment.stages and not work.is_added(values.name):
     raise UserError(f"--name={values.name} is a stage of {work.root}: choose another name.")
-  stage = _stage_of(values, work)
-  recipe = (*(name for name in experiment.recipe if name != values.name), values.name)
-  stages = {**experiment.stages, values.name: stage}
-  made = dataclasses.replace(experiment, recipe=recipe, stages=stages)
-  work = Workdir(work.root, config_lib.resolve(schema.to_plain(made)))
+  work = work.with_stage(values.name, _stage_of(values, work))
   if work.is_done(values.name):
     logging.info("it is done already")
   else:
     work.start(values.name)
     run(work, values.name)
+  work.keep_stage(values.name)
   if jax.process_index() == 0:
-    files.write_text_atomic(work.root / CONFIG_NAME, config_lib.to_json(work.experiment))
     print(json.dumps(work.done_record(values.name)["average"]))
     print(work.folder(values.name))
 

@@ -175,6 +175,19 @@ def test_latents_that_are_normalised_otherwise_are_refused(run, monkeypatch, tmp
     make(run, "two", of=("sft_a", str(tmp_path / "sft_a")))
 
 
+def test_an_added_stage_of_models_that_are_gone_is_left_out_with_a_warning(run, tmp_path, caplog):
+  work = Workdir.create(tmp_path, run.experiment)
+  task = run.experiment.stages["t2v"].task
+  work.with_stage("added", config.AverageStage(task=task, of=("sft_c",))).keep_stage("added")
+  assert "added" in Workdir.open(tmp_path).experiment.stages
+  stages = {k: v for k, v in run.experiment.stages.items() if k != "sft_c"}
+  recipe = tuple(name for name in run.experiment.recipe if name in stages)
+  Workdir.create(tmp_path, dataclasses.replace(run.experiment, stages=stages, recipe=recipe))
+  with caplog.at_level("WARNING"):
+    assert "added" not in Workdir.open(tmp_path).experiment.stages
+  assert "is left out" in caplog.text and "sft_c" in caplog.text
+
+
 def test_the_greedy_soup_takes_what_helps_and_leaves_the_rest():
   """Models are points, the loss the distance from 2: 1 and 3 average to 2, and 9 does not help."""
   points = {"far": 9.0, "low": 1.0, "high": 3.2, "broken": np.nan}
@@ -199,7 +212,11 @@ def test_the_command_adds_a_stage_to_the_run(run, capsys):
   np.testing.assert_allclose(
     both["text/embedding"], (a["text/embedding"] + c["text/embedding"]) / 2, rtol=1e-6, atol=1e-7
   )
-  assert json.loads((run.root / CONFIG_NAME).read_text())["stages"]["two_of"]["kind"] == "average"
+  # Running the experiment again writes its own config, and loses no stage that was added.
+  Workdir.create(run.root, run.experiment)
+  assert "two_of" not in json.loads((run.root / CONFIG_NAME).read_text())["stages"]
+  again = Workdir.open(run.root)
+  assert again.is_done("two_of") and again.experiment.stages["two_of"].of == ("sft_a", "sft_c")
   values(["average", f"--workdir={run.root}", "--of=sft_a", "--name=t2v"])
   with pytest.raises(UserError, match="choose another name"):
     average.main([], values)

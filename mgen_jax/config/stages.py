@@ -156,6 +156,9 @@ class TrainStage:
   kind: str = "train"
   task: Any = schema.one_of("name", lambda: tasks.CONFIGS)
   steps: int = 1000
+  # Of the order of its data, its noise and its times; None: the run's. Stages that shall be averaged
+  # want each its own: drawn alike, their errors are alike, and stay in the average.
+  seed: int | None = None
   # By "b16x64x64": frames x height x width; the letter makes it a name that a flag can spell.
   buckets: dict[str, BucketConfig] = dataclasses.field(default_factory=dict)
   tokens_per_step: int = 0  # buckets whose batch is 0 get as large a one as this holds
@@ -249,6 +252,10 @@ class TrainStage:
             f"batch_changes makes the batch of {name} {batch * factor:g} from step {step} on: it "
             "must be a whole number."
           )
+
+  def seeded(self, seed: int) -> int:
+    """The seed of what is drawn in training, in a run with this seed."""
+    return seed if self.seed is None else self.seed
 
   def passes(self, examples: int, shards: int) -> int:
     """Passes over a batch of so many examples on so many shards of it."""

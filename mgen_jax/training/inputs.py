@@ -95,7 +95,7 @@ def make_stream(
   make = functools.partial(
     pipeline.make_stream,
     **{**common, "workers": stage.workers},
-    seed=work.experiment.seed,
+    seed=stage.seeded(work.experiment.seed),
     repeat=stage.small_buckets == "repeat",
   )
 
