@@ -14,6 +14,7 @@ v5p:8x8x8, v6e:16x16, tpu7x:4x4x4), nodes x GPUs (h100:768x8, h200:16x8, b200:16
 simulated on the CPU (cpu:8). See docs/planning.md.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -45,6 +46,9 @@ _BUCKET = flags.DEFINE_string(
   "bucket", None, "Like 256x768x768; by default that with the most tokens in its batch."
 )
 _ALL_BUCKETS = flags.DEFINE_bool("all_buckets", False, "Plan every bucket of the stage.")
+_AT_STEP = flags.DEFINE_integer(
+  "at_step", None, "Of a stage with batch_changes: plan the batches of this step.", 0
+)
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes, remat policies and accumulations.")
 _TRIES = flags.DEFINE_integer("tries", 6, "With --search: how many choices to compile.", 1)
 _COMPARE = flags.DEFINE_string(
@@ -89,6 +93,9 @@ def main(argv: Sequence[str]) -> None:
   topology = topologies.parse(_TOPOLOGY.value)
   experiment = config_lib.resolve(_CONFIG.value)
   name = pick_stage(experiment, _STAGE.value)
+  experiment, phase = at_step(experiment, name, _AT_STEP.value)
+  if phase is not None:
+    logging.info("%s", phase)
   if wanted is None:
     buckets = pick_buckets(experiment, name, _BUCKET.value, _ALL_BUCKETS.value)
   else:
@@ -110,6 +117,8 @@ def main(argv: Sequence[str]) -> None:
       plans.append(planner.make_plan(experiment, name, bucket, topology, devices))
     else:
       plans.append(planner.make_sample_plan(experiment, name, bucket, topology, devices, wanted))
+    if phase is not None and wanted is None:
+      plans[-1].record["notes"].append(phase)
   record = dict(max(plans, key=lambda plan: plan.memory.total).record)
   if len(plans) > 1:
     record["buckets"] = {plan.record["bucket"]: plan.record for plan in plans}
@@ -149,6 +158,33 @@ def pick_stage(experiment: Experiment, name: str | None) -> str:
     what = "does not train" if name in experiment.stages else f'is not in "{experiment.name}"'
     raise UserError(f"--stage={name} {what}: {suggest(name, known)}")
   return name
+
+
+def at_step(experiment: Experiment, name: str, step: int | None) -> tuple[Experiment, str | None]:
+  """The experiment with the batches that stage `name` has at a step (None: where they are largest)
+  for all of it, and a sentence that says which; None where they never change.
+
+  Raises:
+    UserError: the stage has no such step.
+  """
+  stage = experiment.stages[name]
+  if step is not None and step >= stage.steps:
+    raise UserError(
+      f"--at_step={step} is not a step of stage {name}: it has {stage.steps} of them."
+    )
+  if not stage.batch_changes:
+    return experiment, None
+  changes = ((0, 1.0), *(change for change in stage.batch_changes if change[0] < stage.steps))
+  largest = max(changes, key=lambda change: change[1])
+  first, factor = largest if step is None else max(c for c in changes if c[0] <= step)
+  listed = ", ".join(f"x{change[1]:g} from step {change[0]}" for change in changes)
+  where = "the largest of the stage" if factor == largest[1] else "not its largest"
+  said = (
+    f"batches are those from step {first} on, x{factor:g}, {where} (batch_changes: {listed}); "
+    "--at_step plans others."
+  )
+  stages = {**experiment.stages, name: stage.at_step(first)}
+  return dataclasses.replace(experiment, stages=stages), said
 
 
 def pick_buckets(experiment: Experiment, name: str, text: str | None, every: bool) -> list[Bucket]:

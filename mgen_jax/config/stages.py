@@ -156,7 +156,7 @@ class TrainStage:
   kind: str = "train"
   task: Any = schema.one_of("name", lambda: tasks.CONFIGS)
   steps: int = 1000
-  # Of the order of its data, its noise and its times; None: the run's. Stages that shall be averaged
+  # Of the order of its data, its noise and its times; None: the run's. Stages that are averaged
   # want each its own: drawn alike, their errors are alike, and stay in the average.
   seed: int | None = None
   # By "b16x64x64": frames x height x width; the letter makes it a name that a flag can spell.
@@ -273,6 +273,11 @@ class TrainStage:
       bucket: dataclasses.replace(entry, batch=round((entry.batch or self._batch(bucket)) * factor))
       for bucket, entry in buckets.items()
     }
+
+  def at_step(self, step: int) -> "TrainStage":
+    """The stage as if all of it were like this step: its batches as numbers, and no changes."""
+    buckets = {f"b{bucket.name}": entry for bucket, entry in self.batches(step).items()}
+    return dataclasses.replace(self, buckets=buckets, batch_changes=())
 
   def _batch(self, bucket: Bucket) -> int:
     if not self.tokens_per_step:

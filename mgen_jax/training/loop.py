@@ -79,6 +79,7 @@ def train(
   meta: dict[str, Any],
   load_initial: Callable[[Any, Any], Any] | None = None,
   frozen: Any = None,
+  load_base: Callable[[Any, Any], Any] | None = None,
 ) -> float:
   """Trains a stage to its last step, or continues to train it.
 
@@ -93,6 +94,8 @@ def train(
     meta: saved in every checkpoint: what is needed to use it later.
     load_initial: (shapes, shardings) -> parameters to start from; None for random ones.
     frozen: parameters that the task reads in every step and never changes, on the mesh; None: none.
+    load_base: (shapes, shardings) -> the base of adapters, which `meta["base"]` refers to and
+      checkpoints then leave out.
 
   Returns:
     Seconds that this stage has taken, earlier runs of it included.
@@ -109,6 +112,7 @@ def train(
     run = _Run(
       *(task, config, stream, mesh, name, seed, folder, meta, began),
       frozen=() if frozen is None else (frozen,),
+      load_base=load_base,
       program=make_program(task, config, mesh, seed),
       rows_of=shapes_by_size(task, stream, mesh),
       put=putter(task, stream, mesh),
@@ -170,6 +174,7 @@ class _Run:
   meta: dict[str, Any]
   began: float  # when this process did, less what the stage has taken before
   frozen: tuple[Any, ...]  # nothing, or the frozen parameters
+  load_base: Callable[[Any, Any], Any] | None  # where checkpoints refer to it
   program: Program
   rows_of: dict[tuple[Bucket, int], dict[str, jax.ShapeDtypeStruct]]
   put: Callable[[Bucket, Mapping[str, np.ndarray]], dict[str, jax.Array]]
@@ -190,7 +195,12 @@ class _Run:
         state = state_lib.initialise(self.task, optimizer, layout, self.seed, initial, contents)
       return state, Progress(), None
     with self.observation.spend("restore"):
-      restored = self.checkpoints.restore(shapes, layout)
+      if self.load_base is None:
+        restored = self.checkpoints.restore(shapes, layout)
+      else:
+        restored = self.checkpoints.restore(lora.without_base(shapes), lora.without_base(layout))
+        base = self.load_base(shapes.params[lora.BASE], layout.params[lora.BASE])
+        restored = restored._replace(state=lora.with_base(restored.state, base))
     logging.info(
       "stage %s continues from step %d of %d", self.name, restored.step, self.config.steps
     )
@@ -230,7 +240,8 @@ class _Run:
           self.observation.spend("save"),
           self.patience.over("the checkpoint before to be written"),
         ):
-          self.checkpoints.save(step, state, data, {**self.meta, "seconds": seconds})
+          kept = state if self.load_base is None else lora.without_base(state)
+          self.checkpoints.save(step, kept, data, {**self.meta, "seconds": seconds})
 
       for step in range(at.step, config.steps + 1):
         last = step == config.steps
