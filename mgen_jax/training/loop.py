@@ -61,6 +61,7 @@ class Stream(NamedTuple):
   open: Callable[[int], Batches]  # from a number of batch on
   validation: Callable[[], Iterator[Rows]]  # held out, finite, always the same
   changed_sizes: tuple[Mapping[Bucket, int], ...] = ()  # global batches of later steps
+  validation_sizes: Mapping[Bucket, int] | None = None  # of `validation`; None: not known ahead
 
   def buckets(self) -> list[Bucket]:
     """Of all steps, in order."""
@@ -214,7 +215,7 @@ class _Run:
     config = self.config
     if self.train_step is None and at.step < config.steps:
       with self.observation.spend("compile"):
-        self.train_step = self.program.compile(self.rows_of, *self.frozen)
+        self._compile()
     guard = Guard(
       *(config.guard, self.name, self.folder),
       examples_of=lambda step: batches.examples_at(step - 1 + at.passed_over),
@@ -282,6 +283,17 @@ class _Run:
       validation.draw(self.folder)
     return time.perf_counter() - self.began
 
+  def _compile(self) -> None:
+    """Everything that runs between two saves, before the first step."""
+    sizes, held_out = self.stream, self.stream.validation_sizes or {}
+    trained = {item for s in (sizes.batch_sizes, *sizes.changed_sizes) for item in s.items()}
+    steps = {key: rows for key, rows in self.rows_of.items() if key in trained}
+    self.train_step = self.program.compile(steps, *self.frozen)
+    if self.config.validate_every and held_out:
+      state = state_lib.with_layout(self.program.shapes, self.program.layout)
+      batches = {key: self.rows_of[key] for key in held_out.items()}
+      self.validate.compile(state_lib.averaged(state), batches, *self.frozen)
+
 
 def _due(step: int, every: int, last: bool) -> bool:
   """Whether something that happens every so many steps (0: never) and at the end is due."""
@@ -294,7 +306,7 @@ def shapes_by_size(
   """`batch_shapes` by bucket and number of examples: a stage may change its batches."""
   return {
     (bucket, sizes[bucket]): shapes
-    for sizes in (stream.batch_sizes, *stream.changed_sizes)
+    for sizes in (stream.batch_sizes, *stream.changed_sizes, stream.validation_sizes or {})
     for bucket, shapes in batch_shapes(task, sizes, mesh).items()
   }
 
