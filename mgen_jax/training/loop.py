@@ -26,12 +26,12 @@ from mgen_jax.data.buckets import Bucket
 from mgen_jax.errors import UserError
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.tasks.base import Task
-from mgen_jax.training import lora, validation
+from mgen_jax.training import ahead, lora, validation
 from mgen_jax.training import metrics as metrics_lib
 from mgen_jax.training import state as state_lib
 from mgen_jax.training.checkpoint import CheckpointError, Checkpoints
 from mgen_jax.training.guard import Guard, RollBack
-from mgen_jax.training.interrupt import Interrupted, StopSignal
+from mgen_jax.training.interrupt import BAD_DATA, Interrupted, StopSignal
 from mgen_jax.training.meter import Meter
 from mgen_jax.training.observe import Observation
 from mgen_jax.training.patience import Patience
@@ -244,24 +244,32 @@ class _Run:
           kept = state if self.load_base is None else lora.without_base(state)
           self.checkpoints.save(step, kept, data, {**self.meta, "seconds": seconds})
 
+      upcoming = ahead.Ahead(batches, config.steps - at.step)
       for step in range(at.step, config.steps + 1):
         last = step == config.steps
-        signum = self.stop.received(self.mesh, last)
+        stop = self.stop.received(self.mesh, last, upcoming.fault is not None)
         if step > at.step and _due(step, config.validate_every, last):
-          with self.observation.spend("validation"):
-            found = self.validate(
-              state_lib.averaged(state), self.stream.validation(), self.put, *self.frozen
-            )
-            metrics.write(step, found)
-            state = self.program.follow(state, np.float32(found[validation.LOSS]), config)
-        if step > saved and (_due(step, config.checkpoint_every, last) or signum):
+          try:
+            with self.observation.spend("validation"):
+              held_out = ahead.together(self.stream.validation())
+              found = self.validate(state_lib.averaged(state), held_out, self.put, *self.frozen)
+          except UserError as error:  # likewise of a batch: see below
+            if step > saved:
+              logging.error("%s", error)
+              save(step)
+            raise
+          metrics.write(step, found)
+          state = self.program.follow(state, np.float32(found[validation.LOSS]), config)
+        if step > saved and (_due(step, config.checkpoint_every, last) or stop):
           save(step)
           saved = step
-        if signum or last:
+        if stop or last:
           with self.observation.spend("save"):
             self.checkpoints.wait()
-        if signum:
-          raise Interrupted(signum, self.name, step)
+        if stop == BAD_DATA:
+          raise upcoming.fault or ahead.elsewhere()
+        if stop:
+          raise Interrupted(stop, self.name, step)
         if last:
           break
         try:
@@ -269,10 +277,10 @@ class _Run:
             self.observation.spend("data"),
             self.patience.over(f"the batch of step {step + 1}"),
           ):
-            bucket, rows = next(batches)
+            bucket, rows = next(upcoming)
             examples, rows = _examples(rows), self.put(bucket, rows)
         except UserError as error:  # its records are gone; the state is as good as ever
-          if step > saved and jax.process_count() == 1:  # others are on their way, and cannot save
+          if step > saved:
             logging.error("%s", error)
             save(step)
           raise
