@@ -18,8 +18,10 @@ from mgen_jax.training import state as state_lib
 from mgen_jax.training.checkpoint import Checkpoints
 from mgen_jax.workdir import CONFIG_NAME, Workdir
 from tests import tiny, untrained
+from tests.training import moments
 
 MODELS = ("sft_a", "sft_b", "sft_c")
+MESH = mesh_lib.MeshConfig()
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,49 @@ def test_equal_models_are_their_own_average_to_the_bit(run):
   for name, value in same.items():
     np.testing.assert_array_equal(found[name], value)
     np.testing.assert_array_equal(alone[name], value)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_average_each_with_its_part(averaged, tmp_path):
+  """Weights below 0 too; nobody holds a whole tensor of what is sharded."""
+  stage = dataclasses.replace(
+    averaged.experiment.stages["average"], of=("sft_a", "sft_b", "sft_c"), weights=(-0.5, 1.0, 1.0)
+  )
+  work = Workdir(shutil.copytree(averaged.root, tmp_path / "run"), averaged.experiment)
+  work = work.with_stage("together", stage)
+  work.keep_stage("together")
+  work.start("together")
+  ended = moments.run_hosts(
+    work.root, 2, "--stage=together", devices=2, module="tests.average_host"
+  )
+  assert [code for _, code in ended] == [0, 0], ended
+  assert work.is_done("together")
+  found = load(work, "together")
+  a, b, c = (load(work, name) for name in MODELS)
+  for name, value in found.items():
+    wanted = (-0.5 * a[name] + b[name] + c[name]) / 1.5
+    np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_besides_the_result_one_tensor_of_one_model_is_held(run, monkeypatch):
+  """However many models there are: bytes of live arrays whenever a tensor is about to be read."""
+  task, mesh = tasks.make(run.experiment.stages["t2v"].task), mesh_lib.make_mesh(MESH)
+  sizes = [4 * x.size for x in parameters.flatten(state_lib.param_shapes(task)).values()]
+  held, read = [], Checkpoints.restore_tensors
+  models = [average._open(run, name) for name in (*MODELS, *MODELS)]
+  before = jax.live_arrays()
+  known = set(map(id, before))
+
+  def counted(self, wanted, step=None):
+    held.append(sum(array.nbytes for array in jax.live_arrays() if id(array) not in known))
+    return read(self, wanted, step)
+
+  monkeypatch.setattr(Checkpoints, "restore_tensors", counted)
+  with mesh_lib.use(mesh):
+    average._weighted(task, models, [1 / 6] * 6, mesh)
+  made = np.cumsum([0, *sizes])
+  # Before the first model's tensor what is made; before each further one also the mean so far.
+  assert held == [made[tensor + (index > 0)] for tensor in range(len(sizes)) for index in range(6)]
 
 
 def test_it_is_done_once_and_says_of_what(averaged):
