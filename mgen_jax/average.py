@@ -15,7 +15,6 @@ of one of them is in memory, whatever the method and however many they are.
 """
 
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -152,7 +151,7 @@ def _weighted(
     for tensor, leaf in wanted.items():
       mean = readers[0](tensor, leaf)
       for reader, step in zip(readers[1:], steps[1:], strict=True):
-        mean = blend(mean, reader(tensor, leaf), step)
+        mean = parameters.blend(mean, reader(tensor, leaf), step)
       made[tensor] = mean
   return parameters.unflatten(made)
 
@@ -162,13 +161,6 @@ def _steps(shares: Sequence[float]) -> list[float]:
   return [
     share / so_far for share, so_far in zip(shares, itertools.accumulate(shares), strict=True)
   ]
-
-
-@functools.partial(jax.jit, donate_argnums=(0,))
-def blend(mean: jax.Array, tensor: jax.Array, step: float) -> jax.Array:
-  """mean + step x (tensor - mean), in the place of `mean`: of two equal tensors it is the tensor,
-  to the bit."""
-  return mean + step * (tensor - mean)
 
 
 def _reader(

@@ -9,9 +9,10 @@
 
 The step that training would run (or, with --what=sample, the denoising of a batch of samples with
 guidance) is compiled for that hardware, from shapes alone; neither a TPU nor a GPU is needed, but
-their compiler is: pip install -e .[tpu] or .[cuda]. Topologies: chips along the torus (v5e:16x16,
-v5p:8x8x8, v6e:16x16, tpu7x:4x4x4), nodes x GPUs (h100:768x8, h200:16x8, b200:16x8), or devices
-simulated on the CPU (cpu:8). See docs/planning.md.
+their compiler is: pip install -e .[tpu] or .[cuda]. Of an average stage it is said what a device
+holds. A stage whose batches change is planned where they are largest (--at_step). Topologies: chips
+along the torus (v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4), nodes x GPUs (h100:768x8, h200:16x8,
+b200:16x8), or devices simulated on the CPU (cpu:8). See docs/planning.md.
 """
 
 import dataclasses
@@ -29,16 +30,18 @@ from ml_collections import config_flags
 
 from mgen_jax import cli
 from mgen_jax import config as config_lib
-from mgen_jax.config import Experiment, TrainStage
+from mgen_jax.config import AverageStage, Experiment, TrainStage
 from mgen_jax.data.buckets import Bucket, parse_bucket
 from mgen_jax.data.files import write_text_atomic
 from mgen_jax.errors import UserError, suggest
 from mgen_jax.parallel import mesh as mesh_lib
-from mgen_jax.planning import planner, report, sampling, topologies
+from mgen_jax.planning import averaging, planner, report, sampling, topologies
 from mgen_jax.planning import search as search_lib
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment.")
-_STAGE = flags.DEFINE_string("stage", None, "Train stage; may be left out if there is one only.")
+_STAGE = flags.DEFINE_string(
+  "stage", None, "Train or average stage; may be left out if one trains."
+)
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, f"Hardware, one of or like: {', '.join(topologies.EXAMPLES.values())}."
 )
@@ -93,6 +96,9 @@ def main(argv: Sequence[str]) -> None:
   topology = topologies.parse(_TOPOLOGY.value)
   experiment = config_lib.resolve(_CONFIG.value)
   name = pick_stage(experiment, _STAGE.value)
+  if isinstance(experiment.stages[name], AverageStage):
+    _plan_average(experiment, name, topology, console)
+    return
   experiment, phase = at_step(experiment, name, _AT_STEP.value)
   if phase is not None:
     logging.info("%s", phase)
@@ -140,12 +146,30 @@ def main(argv: Sequence[str]) -> None:
     save(_OUT.value, record, report.as_text(draw), [plan.record for plan in plans])
 
 
+def _plan_average(
+  experiment: Experiment, name: str, topology: topologies.Topology, console: rich.console.Console
+) -> None:
+  """Makes, shows and saves the plan of an average stage."""
+  if _SEARCH.value or _COMPARE.value or _ALL_BUCKETS.value or _WHAT.value != "train":
+    raise UserError(
+      f"stage {name} is an average: it takes neither --what, --search, --compare nor --all_buckets."
+    )
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_enable_compilation_cache", False)
+  record = averaging.make_plan(experiment, name, topology, topologies.devices(topology))
+  averaging.show(record, console)
+  if _OUT.value:
+    write_text_atomic(Path(_OUT.value), json.dumps(record, indent=2) + "\n")
+
+
 def pick_stage(experiment: Experiment, name: str | None) -> str:
-  """The train stage to plan.
+  """The train (or, if it is named, average) stage to plan.
 
   Raises:
-    UserError: there is no such stage, or it does not train.
+    UserError: there is no such stage, or it makes no model.
   """
+  if isinstance(experiment.stages.get(name), AverageStage):
+    return name
   known = [n for n in experiment.recipe if isinstance(experiment.stages[n], TrainStage)]
   if name is None and len(known) == 1:
     return known[0]
