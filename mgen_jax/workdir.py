@@ -108,8 +108,9 @@ class Workdir:
       files.write_text_atomic(self.root / ADDED_NAME, json.dumps(stages, indent=2) + "\n")
 
   def is_added(self, name: str) -> bool:
-    """Whether a stage is one of those that commands have added."""
-    return name in _added(self.root)
+    """Whether a stage is one of those that commands have added, and not the experiment's own."""
+    plain = json.loads(json.dumps(schema.to_plain(self.experiment.stages[name])))
+    return _added(self.root).get(name) == plain
 
   def folder(self, stage: str) -> Path:
     """Where a stage writes."""
