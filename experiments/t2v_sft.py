@@ -12,8 +12,11 @@ differ in their learning rate, in their data and in what they start from are ave
 The paper gives the cosine schedule, the lengths and rates, the 512 GPUs ("small batch") and that
 such models are averaged; learning rates, steps, number of models and their weights are ours.
 
-Behind the colon, "toy": the same recipe on Marbles, a 4-core CPU and what the quickstart has left
-in runs/quickstart. Time and accuracies: docs/numbers.md, "Finetuning and averages".
+Behind the colon, "toy": the same on Marbles, a 4-core CPU and what the quickstart has left in
+runs/quickstart, with one change: rates stay constant and no average over steps is kept, so that the
+average of the models takes the place of both. Models that have settled by themselves gain nothing
+that 384 judged videos can show. Times, accuracies and what else was tried: docs/numbers.md,
+"Finetuning and averages".
 """
 
 from mgen_jax import config

@@ -76,6 +76,14 @@ def lines(folder, name):
   return {m["step"]: m[name] for m in metrics_lib.read(str(folder)) if name in m}
 
 
+def test_a_stage_may_have_a_seed_of_its_own(tmp_path):
+  """Models that are to be averaged shall not share their noise (their data: test_inputs.py)."""
+  for name, seed in (("the run's", None), ("the same", 3), ("another", 4)):
+    train(tmp_path / name, steps=3, seed=seed)
+  first, same, other = (lines(tmp_path / n, "loss") for n in ("the run's", "the same", "another"))
+  assert first == same and all(first[step] != other[step] for step in first)
+
+
 # Learning rates.
 
 
