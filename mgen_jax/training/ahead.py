@@ -25,15 +25,18 @@ class Ahead:
 
   Attributes:
     fault: why there are no more after those that are drawn; None: nothing has happened.
+    fingerprint: of what decided the order of the batches that were handed out, not of those drawn
+      early: a phase that is to come is no part of it.
   """
 
-  def __init__(self, batches: Iterator[Any], count: int):
-    """`count`: how many will be needed; no more are drawn."""
+  def __init__(self, batches: Any, count: int):
+    """`batches`: `loop.Batches`; `count`: how many will be needed; no more are drawn."""
     self._batches, self._left = batches, count
     # After a fault all stop DELAY steps after the next one, which has its batch as well.
     self._early = interrupt.DELAY + 1 if jax.process_count() > 1 else 0
     self._queue: collections.deque[Any] = collections.deque()
     self.fault: UserError | None = None
+    self.fingerprint: str = batches.fingerprint
 
   def __next__(self) -> Any:
     """The next batch.
@@ -42,7 +45,7 @@ class Ahead:
       UserError: with one process, that it cannot be read; with several, that too few can be read
         for a first step.
     """
-    batch = self._queue.popleft() if self._queue else self._draw()
+    batch, self.fingerprint = self._queue.popleft() if self._queue else self._draw()
     while self.fault is None and self._left and len(self._queue) < self._early:
       try:
         self._queue.append(self._draw())
@@ -52,9 +55,10 @@ class Ahead:
         self.fault = error
     return batch
 
-  def _draw(self) -> Any:
+  def _draw(self) -> tuple[Any, str]:
+    """The next batch, and the fingerprint up to it."""
     self._left -= 1
-    return next(self._batches)
+    return next(self._batches), self._batches.fingerprint
 
 
 def together(items: Iterator[Item]) -> Iterator[Item]:

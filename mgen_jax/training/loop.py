@@ -230,12 +230,12 @@ class _Run:
       wandb_project=config.observe.wandb,
     ) as metrics:
       meter = Meter(self.task, metrics, guard.check, self.observation, config.log_every)
-      saved = at.step
+      saved, upcoming = at.step, ahead.Ahead(batches, config.steps - at.step)
 
       def save(step):
         meter.flush()  # stops here rather than save a state that went wrong
         seconds = time.perf_counter() - self.began
-        data = {"step": step, "seed": self.seed, "fingerprint": batches.fingerprint}
+        data = {"step": step, "seed": self.seed, "fingerprint": upcoming.fingerprint}
         data |= {"passed_over": at.passed_over, "roll_backs": at.roll_backs}
         with (
           self.observation.spend("save"),
@@ -244,7 +244,6 @@ class _Run:
           kept = state if self.load_base is None else lora.without_base(state)
           self.checkpoints.save(step, kept, data, {**self.meta, "seconds": seconds})
 
-      upcoming = ahead.Ahead(batches, config.steps - at.step)
       for step in range(at.step, config.steps + 1):
         last = step == config.steps
         stop = self.stop.received(self.mesh, last, upcoming.fault is not None)

@@ -191,6 +191,25 @@ def test_held_out_records_that_are_gone_stop_the_run_after_saving(tmp_path):
   assert int(toy.final_state(tmp_path).step) == 5
 
 
+def test_batches_that_are_drawn_early_are_no_part_of_what_a_checkpoint_says(monkeypatch):
+  """Several processes draw ahead; a phase that begins after the step of a checkpoint may change."""
+
+  class Phases:
+    drawn = 0
+    fingerprint = property(lambda self: "one phase" if self.drawn < 4 else "two phases")
+
+    def __next__(self):
+      self.drawn += 1
+      return self.drawn - 1
+
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  batches = Phases()
+  upcoming = ahead.Ahead(batches, 6)
+  seen = [(upcoming.fingerprint, next(upcoming)) for _ in range(6)]
+  assert [batch for _, batch in seen] == list(range(6)) and batches.drawn == 6
+  assert [said for said, _ in seen] == ["one phase"] * 4 + ["two phases"] * 2
+
+
 def test_all_processes_stop_at_the_item_that_one_of_them_cannot_read(monkeypatch):
   others = iter([[0, 0], [0, 1], [0, 0]])  # what the processes tell of each item
   monkeypatch.setattr(jax, "process_count", lambda: 2)
