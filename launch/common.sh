@@ -1,5 +1,12 @@
 # shellcheck shell=bash
-# What the launchers share: words to the user, dry runs, and restarts. To be sourced by bash.
+# What the launchers share: words to the user, dry runs, and restarts. To be sourced by bash, before a
+# launcher reads its own words: --dry-run as the first of them is taken away, and noted in `dry_run`.
+
+dry_run=''
+if [ "${1:-}" = --dry-run ]; then
+  dry_run=yes
+  shift
+fi
 
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 
@@ -12,6 +19,15 @@ die() {
 quoted() {
   printf '%q ' "$@"
   echo
+}
+
+# act CMD ARGS...: runs it, or in a dry run prints it.
+act() {
+  if [ -n "$dry_run" ]; then
+    quoted "$@"
+  else
+    "$@"
+  fi
 }
 
 # Exit codes of `python -m mgen_jax.main` (see mgen_jax/cli.py) after which the same command goes on:

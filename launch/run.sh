@@ -10,11 +10,6 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/common.sh
 . "$here/common.sh"
 
-dry_run=''
-if [ "${1:-}" = --dry-run ]; then
-  dry_run=yes
-  shift
-fi
 [ $# -gt 0 ] || die "name an experiment: launch/run.sh --config=experiments/quickstart.py --workdir=DIR"
 platform=${PLATFORM:-gpu}
 is_in "$platform" gpu tpu cpu || die "PLATFORM is $platform: use gpu, tpu or cpu"

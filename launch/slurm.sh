@@ -27,11 +27,6 @@ root=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
 # shellcheck source=launch/common.sh
 . "$root/launch/common.sh"
 
-dry_run=''
-if [ "${1:-}" = --dry-run ]; then
-  dry_run=yes
-  shift
-fi
 [ $# -gt 0 ] || die "name an experiment: sbatch launch/slurm.sh --config=FILE --workdir=DIR"
 [ -n "${SLURM_JOB_ID:-}${dry_run}" ] || die "there is no allocation: submit with sbatch, or --dry-run"
 

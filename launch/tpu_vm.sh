@@ -13,11 +13,6 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/common.sh
 . "$here/common.sh"
 
-dry_run=''
-if [ "${1:-}" = --dry-run ]; then
-  dry_run=yes
-  shift
-fi
 what=${1:-}
 [ $# -eq 0 ] || shift
 [ -n "${TPU:-}" ] || die "TPU is not set: TPU=NAME ZONE=ZONE launch/tpu_vm.sh setup|run|stop"
@@ -26,14 +21,6 @@ what=${1:-}
 gcloud=(gcloud compute tpus tpu-vm)
 where=(--zone="$ZONE" --worker=all)
 [ -z "${PROJECT:-}" ] || where+=(--project="$PROJECT")
-
-act() {
-  if [ -n "$dry_run" ]; then
-    quoted "$@"
-  else
-    "$@"
-  fi
-}
 
 case "$what" in
   setup)

@@ -9,11 +9,6 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/common.sh
 . "$here/common.sh"
 
-dry_run=''
-if [ "${1:-}" = --dry-run ]; then
-  dry_run=yes
-  shift
-fi
 for name in CLUSTER ZONE PROJECT TPU_TYPE IMAGE; do
   [ -n "${!name:-}" ] || die "$name is not set: see the first lines of launch/xpk.sh"
 done
@@ -33,8 +28,4 @@ command=(
   --docker-image="$IMAGE" --priority="${PRIORITY:-medium}" --max-restarts="${MAX_RESTARTS:-50}"
   --command="cd /mgen_jax && PLATFORM=tpu RESTART_CODES= launch/run.sh --cluster=tpu $(quoted "$@")"
 )
-if [ -n "$dry_run" ]; then
-  quoted "${command[@]}"
-else
-  exec "${command[@]}"
-fi
+act "${command[@]}"

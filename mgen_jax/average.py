@@ -10,12 +10,12 @@ checkpoint, the newest by default. The result is a stage of the run: sample, eva
 (`init_from`) take it by its --name. What has adapters (LoRA) is averaged as it is sampled, merged:
 an average of one is how adapters are merged for good.
 
-Checkpoints are read tensor by tensor: besides the result, one tensor of one of them is in memory
-(of a model with adapters, all of it; the greedy method holds two models).
+Checkpoints are read tensor by tensor onto the mesh of all devices: besides the result, one tensor
+of one of them is in memory, whatever the method and however many they are.
 """
 
 import contextlib
-import dataclasses
+import itertools
 import json
 import math
 import time
@@ -27,16 +27,14 @@ import jax
 from absl import flags, logging
 
 from mgen_jax import cli, schema, tasks
-from mgen_jax import config as config_lib
 from mgen_jax.config import AverageStage
-from mgen_jax.data import files
 from mgen_jax.errors import UserError
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.tasks.base import Task, frozen_shapes
 from mgen_jax.training import inputs, loop, lora, parameters, start, validation
 from mgen_jax.training import state as state_lib
 from mgen_jax.training.checkpoint import Checkpoints
-from mgen_jax.workdir import CONFIG_NAME, Workdir
+from mgen_jax.workdir import Workdir
 
 STEP = 0  # of the one checkpoint of an average
 
@@ -49,6 +47,7 @@ class Model(NamedTuple):
   step: int | None  # None: the newest
   task: Task  # with its adapters
   meta: dict[str, Any]
+  base: "Model | None" = None  # of adapters whose checkpoint refers to it
 
 
 def run(work: Workdir, name: str) -> None:
@@ -73,7 +72,7 @@ def run(work: Workdir, name: str) -> None:
     made_of = dict(zip(stage.of, (round(share, 6) for share in shares), strict=True))
     logging.info("stage %s is %s", name, made_of)
     meta = {
-      **models[0].meta,
+      **{key: value for key, value in models[0].meta.items() if key != "base"},
       "experiment": work.experiment.name,
       "stage": name,
       "task": schema.to_plain(stage.task),
@@ -92,11 +91,18 @@ def _open(work: Workdir, entry: str) -> Model:
   if step and not step.isdecimal():
     raise UserError(f'"{entry}" cannot be averaged: after @ stands the step of a checkpoint.')
   folder = Path(path) if "/" in path else work.folder(path)
-  number = int(step) if step else None
+  return _open_folder(entry, folder, int(step) if step else None)
+
+
+def _open_folder(name: str, folder: Path, step: int | None) -> Model:
   with Checkpoints(str(folder / "checkpoints"), read_only=True) as checkpoints:
-    meta = checkpoints.read_meta(number)
-    checkpoints.verify(number)  # once, and not for each of its tensors
-  return Model(entry, folder, number, start.model_of(meta), meta)
+    meta = checkpoints.read_meta(step)
+    checkpoints.verify(step)  # once, and not for each of its tensors
+  reference, base = meta.get("base"), None
+  if reference is not None:
+    origin = start.base_folder(folder, reference)
+    base = _open_folder(f"the base of {name}", origin, reference["step"])
+  return Model(name, folder, step, start.model_of(meta), meta, base)
 
 
 def _check(name: str, task: Task, models: Sequence[Model]) -> None:
@@ -130,31 +136,65 @@ def _check(name: str, task: Task, models: Sequence[Model]) -> None:
 def _weighted(
   task: Task, models: Sequence[Model], shares: Sequence[float], mesh: jax.sharding.Mesh
 ) -> Any:
-  """sum of share x parameters, tensor by tensor, in fp32 on the mesh."""
+  """sum of share x parameters, tensor by tensor, in fp32 on the mesh.
+
+  Besides what is made, one tensor of one model is on the devices at any time.
+  """
   shapes = state_lib.param_shapes(task)
   wanted = parameters.flatten(state_lib.with_layout(shapes, state_lib.param_shardings(task, mesh)))
+  # Shares below 0 come last: so no sum on the way is 0, as the whole is not.
+  order = sorted(range(len(models)), key=lambda index: -shares[index])
   made = {}
   with contextlib.ExitStack() as stack:
-    readers = [_reader(model, mesh, stack) for model in models]
+    readers = [_reader(models[index], mesh, stack) for index in order]
+    steps = _steps([shares[index] for index in order])
     for tensor, leaf in wanted.items():
-      # first + sum of share x (each - first): models that agree are their own average, to the bit.
-      first = mean = readers[0](tensor, leaf)
-      for reader, share in zip(readers[1:], shares[1:], strict=True):
-        mean = mean + share * (reader(tensor, leaf) - first)
+      mean = readers[0](tensor, leaf)
+      for reader, step in zip(readers[1:], steps[1:], strict=True):
+        mean = parameters.blend(mean, reader(tensor, leaf), step)
       made[tensor] = mean
   return parameters.unflatten(made)
+
+
+def _steps(shares: Sequence[float]) -> list[float]:
+  """How far a running mean goes towards each next model, so that the last one has these shares."""
+  return [
+    share / so_far for share, so_far in zip(shares, itertools.accumulate(shares), strict=True)
+  ]
 
 
 def _reader(
   model: Model, mesh: jax.sharding.Mesh, stack: contextlib.ExitStack
 ) -> Callable[[str, jax.ShapeDtypeStruct], jax.Array]:
   """A function of a tensor's name, and its shape and place, to the tensor."""
-  if isinstance(model.task, lora.LoraTask):
-    flat = parameters.flatten(start.read(model.folder, mesh, step=model.step)[1])
-    return lambda tensor, leaf: flat[tensor]
   folder = str(model.folder / "checkpoints")
   checkpoints = stack.enter_context(Checkpoints(folder, read_only=True))
-  return lambda tensor, leaf: checkpoints.restore_tensors({tensor: leaf}, model.step)[tensor]
+
+  def read(wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    return checkpoints.restore_tensors(wanted, model.step)
+
+  if not isinstance(model.task, lora.LoraTask):
+    return lambda tensor, leaf: read({tensor: leaf})[tensor]
+
+  adapters = model.task
+  places = parameters.flatten(
+    state_lib.with_layout(
+      state_lib.param_shapes(adapters), state_lib.param_shardings(adapters, mesh)
+    )
+  )
+  if model.base is None:
+    read_base = lambda tensor, leaf: read({f"{lora.BASE}/{tensor}": leaf})[f"{lora.BASE}/{tensor}"]  # noqa: E731
+  else:
+    read_base = _reader(model.base, mesh, stack)
+
+  def merged(tensor: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    kernel = read_base(tensor, leaf)
+    if tensor not in adapters.kernels:
+      return kernel
+    pair = {name: places[name] for name in (f"{lora.ADAPTERS}/{tensor}/{x}" for x in "ab")}
+    return jax.jit(adapters.adapted, out_shardings=leaf.sharding)(kernel, *read(pair).values())
+
+  return merged
 
 
 def _greedy(
@@ -181,48 +221,46 @@ def _greedy(
   def loss(params: Any) -> float:
     return validate(params, stream.validation(), put, *frozen)[validation.LOSS]
 
-  def load(model: Model) -> Any:
-    return _weighted(task, [model], [1.0], mesh)
-
   by_name = {model.name: model for model in models}
-  made, taken, losses = greedy(list(by_name), lambda name: load(by_name[name]), loss)
-  return made, [(m.name in taken) / len(taken) for m in models], losses
+
+  def load(names: Sequence[str]) -> Any:
+    return _weighted(task, [by_name[name] for name in names], [1 / len(names)] * len(names), mesh)
+
+  taken, losses = greedy(list(by_name), lambda names: loss(load(names)))
+  return load(taken), [(m.name in taken) / len(taken) for m in models], losses
 
 
 def greedy(
-  names: Sequence[str], load: Callable[[str], Any], loss: Callable[[Any], float]
-) -> tuple[Any, list[str], dict[str, float]]:
+  names: Sequence[str], loss: Callable[[Sequence[str]], float]
+) -> tuple[list[str], dict[str, float]]:
   """The greedy soup (Wortsman et al., 2022, recipe 1).
 
   Args:
     names: of models.
-    load: a name -> its parameters.
-    loss: of parameters, on held-out data.
+    loss: of the average of some of them, on held-out data.
 
   Returns:
-    The average, the names it is made of, and the loss of each model and of the "average".
+    The names it is made of, and the loss of each model and of the "average".
 
   Raises:
     UserError: not one of the losses is finite.
   """
   losses = {}
   for name in names:
-    losses[name] = loss(load(name))
+    losses[name] = loss([name])
     logging.info("%s: loss on held-out data %.5f", name, losses[name])
   order = sorted((n for n in names if math.isfinite(losses[n])), key=losses.__getitem__)
   if not order:
     raise UserError(f"no model of {', '.join(names)} has a loss that is finite.")
-  taken, made, best = order[:1], load(order[0]), losses[order[0]]
+  taken, best = order[:1], losses[order[0]]
   for name in order[1:]:
-    share = 1 / (len(taken) + 1)
-    tried = jax.tree.map(lambda a, b, s=share: a + s * (b - a), made, load(name))
-    found = loss(tried)
+    found = loss([*taken, name])
     good = found <= best
     logging.info("with %s: %.5f, so it is %s", name, found, "taken" if good else "left out")
     if good:
-      made, best = tried, found
+      best = found
       taken.append(name)
-  return made, taken, {**losses, "average": best}
+  return taken, {**losses, "average": best}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -246,21 +284,16 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   if values.workdir is None or not values.of:
     raise UserError("--workdir and --of are needed: see --help.")
   work = Workdir.open(values.workdir)
-  experiment = work.experiment
-  if values.name in experiment.stages and experiment.stages[values.name].kind != "average":
+  if values.name in work.experiment.stages and not work.is_added(values.name):
     raise UserError(f"--name={values.name} is a stage of {work.root}: choose another name.")
-  stage = _stage_of(values, work)
-  recipe = (*(name for name in experiment.recipe if name != values.name), values.name)
-  stages = {**experiment.stages, values.name: stage}
-  made = dataclasses.replace(experiment, recipe=recipe, stages=stages)
-  work = Workdir(work.root, config_lib.resolve(schema.to_plain(made)))
+  work = work.with_stage(values.name, _stage_of(values, work))
   if work.is_done(values.name):
     logging.info("it is done already")
   else:
     work.start(values.name)
     run(work, values.name)
+  work.keep_stage(values.name)
   if jax.process_index() == 0:
-    files.write_text_atomic(work.root / CONFIG_NAME, config_lib.to_json(work.experiment))
     print(json.dumps(work.done_record(values.name)["average"]))
     print(work.folder(values.name))
 

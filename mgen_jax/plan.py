@@ -9,11 +9,13 @@
 
 The step that training would run (or, with --what=sample, the denoising of a batch of samples with
 guidance) is compiled for that hardware, from shapes alone; neither a TPU nor a GPU is needed, but
-their compiler is: pip install -e .[tpu] or .[cuda]. Topologies: chips along the torus (v5e:16x16,
-v5p:8x8x8, v6e:16x16, tpu7x:4x4x4), nodes x GPUs (h100:768x8, h200:16x8, b200:16x8), or devices
-simulated on the CPU (cpu:8). See docs/planning.md.
+their compiler is: pip install -e .[tpu] or .[cuda]. Of an average stage it is said what a device
+holds. A stage whose batches change is planned where they are largest (--at_step). Topologies: chips
+along the torus (v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4), nodes x GPUs (h100:768x8, h200:16x8,
+b200:16x8), or devices simulated on the CPU (cpu:8). See docs/planning.md.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -28,16 +30,18 @@ from ml_collections import config_flags
 
 from mgen_jax import cli
 from mgen_jax import config as config_lib
-from mgen_jax.config import Experiment, TrainStage
+from mgen_jax.config import AverageStage, Experiment, TrainStage
 from mgen_jax.data.buckets import Bucket, parse_bucket
 from mgen_jax.data.files import write_text_atomic
 from mgen_jax.errors import UserError, suggest
 from mgen_jax.parallel import mesh as mesh_lib
-from mgen_jax.planning import apart, planner, report, sampling, topologies
+from mgen_jax.planning import apart, averaging, planner, report, sampling, topologies
 from mgen_jax.planning import search as search_lib
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment.")
-_STAGE = flags.DEFINE_string("stage", None, "Train stage; may be left out if there is one only.")
+_STAGE = flags.DEFINE_string(
+  "stage", None, "Train or average stage; may be left out if one trains."
+)
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, f"Hardware, one of or like: {', '.join(topologies.EXAMPLES.values())}."
 )
@@ -45,6 +49,9 @@ _BUCKET = flags.DEFINE_string(
   "bucket", None, "Like 256x768x768; by default that with the most tokens in its batch."
 )
 _ALL_BUCKETS = flags.DEFINE_bool("all_buckets", False, "Plan every bucket of the stage.")
+_AT_STEP = flags.DEFINE_integer(
+  "at_step", None, "Of a stage with batch_changes: plan the batches of this step.", 0
+)
 _SEARCH = flags.DEFINE_bool("search", False, "Try meshes, remat policies and accumulations.")
 _TRIES = flags.DEFINE_integer("tries", 6, "With --search: how many choices to compile.", 1)
 _TRY_SECONDS = flags.DEFINE_float(
@@ -92,6 +99,12 @@ def main(argv: Sequence[str]) -> None:
   topology = topologies.parse(_TOPOLOGY.value)
   experiment = config_lib.resolve(_CONFIG.value)
   name = pick_stage(experiment, _STAGE.value)
+  if isinstance(experiment.stages[name], AverageStage):
+    _plan_average(experiment, name, topology, console)
+    return
+  experiment, phase = at_step(experiment, name, _AT_STEP.value)
+  if phase is not None:
+    logging.info("%s", phase)
   if wanted is None:
     buckets = pick_buckets(experiment, name, _BUCKET.value, _ALL_BUCKETS.value)
   else:
@@ -110,6 +123,8 @@ def main(argv: Sequence[str]) -> None:
     first = planner.make_plan(*where)
   else:
     first = planner.make_sample_plan(*where, wanted)
+  if phase is not None and wanted is None:
+    first.record["notes"].append(phase)
   record = first.record
   if len(buckets) > 1:
     record = plan_buckets(first, buckets)
@@ -188,12 +203,30 @@ def own_flags(argv: Sequence[str], without: Sequence[str] = ()) -> list[str]:
   return kept
 
 
+def _plan_average(
+  experiment: Experiment, name: str, topology: topologies.Topology, console: rich.console.Console
+) -> None:
+  """Makes, shows and saves the plan of an average stage."""
+  if _SEARCH.value or _COMPARE.value or _ALL_BUCKETS.value or _WHAT.value != "train":
+    raise UserError(
+      f"stage {name} is an average: it takes neither --what, --search, --compare nor --all_buckets."
+    )
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_enable_compilation_cache", False)
+  record = averaging.make_plan(experiment, name, topology, topologies.devices(topology))
+  averaging.show(record, console)
+  if _OUT.value:
+    write_text_atomic(Path(_OUT.value), json.dumps(record, indent=2) + "\n")
+
+
 def pick_stage(experiment: Experiment, name: str | None) -> str:
-  """The train stage to plan.
+  """The train (or, if it is named, average) stage to plan.
 
   Raises:
-    UserError: there is no such stage, or it does not train.
+    UserError: there is no such stage, or it makes no model.
   """
+  if isinstance(experiment.stages.get(name), AverageStage):
+    return name
   known = [n for n in experiment.recipe if isinstance(experiment.stages[n], TrainStage)]
   if name is None and len(known) == 1:
     return known[0]
@@ -206,6 +239,33 @@ def pick_stage(experiment: Experiment, name: str | None) -> str:
     what = "does not train" if name in experiment.stages else f'is not in "{experiment.name}"'
     raise UserError(f"--stage={name} {what}: {suggest(name, known)}")
   return name
+
+
+def at_step(experiment: Experiment, name: str, step: int | None) -> tuple[Experiment, str | None]:
+  """The experiment with the batches that stage `name` has at a step (None: where they are largest)
+  for all of it, and a sentence that says which; None where they never change.
+
+  Raises:
+    UserError: the stage has no such step.
+  """
+  stage = experiment.stages[name]
+  if step is not None and step >= stage.steps:
+    raise UserError(
+      f"--at_step={step} is not a step of stage {name}: it has {stage.steps} of them."
+    )
+  if not stage.batch_changes:
+    return experiment, None
+  changes = ((0, 1.0), *(change for change in stage.batch_changes if change[0] < stage.steps))
+  largest = max(changes, key=lambda change: change[1])
+  first, factor = largest if step is None else max(c for c in changes if c[0] <= step)
+  listed = ", ".join(f"x{change[1]:g} from step {change[0]}" for change in changes)
+  where = "the largest of the stage" if factor == largest[1] else "not its largest"
+  said = (
+    f"batches are those from step {first} on, x{factor:g}, {where} (batch_changes: {listed}); "
+    "--at_step plans others."
+  )
+  stages = {**experiment.stages, name: stage.at_step(first)}
+  return dataclasses.replace(experiment, stages=stages), said
 
 
 def pick_buckets(experiment: Experiment, name: str, text: str | None, every: bool) -> list[Bucket]:

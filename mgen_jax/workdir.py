@@ -1,6 +1,7 @@
 """The folder of a run: where each stage writes, which stages are done, and whose folder it is.
 
-  WORKDIR/config.json          the resolved experiment
+  WORKDIR/config.json          the resolved experiment, as it was last run
+  WORKDIR/added.json           stages that commands have added to it, each with its config
   WORKDIR/STAGE/stage.json     the config the stage was started with
   WORKDIR/STAGE/done.json      written when it is finished: seconds, what it was made from
   WORKDIR/STAGE/...            checkpoints, metrics, records, report: the stage's own
@@ -8,19 +9,21 @@
 Only process 0 writes here; all processes read.
 """
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 
 from mgen_jax import config as config_lib
 from mgen_jax import schema
 from mgen_jax.data import files
 from mgen_jax.errors import UserError
 
-CONFIG_NAME = "config.json"
+CONFIG_NAME, ADDED_NAME = "config.json", "added.json"
 
 # Keys of a stage that may change between an interrupted run and the one that continues it: they
 # do not change what is learned (or, for `steps`, only how long). Batches and sets of data may
@@ -73,12 +76,41 @@ class Workdir:
 
   @classmethod
   def open(cls, root: Path | str) -> "Workdir":
-    """Opens the folder of a run that exists, with the experiment that is written there.
+    """Opens the folder of a run that exists: the experiment that is written there, and the stages
+    that were added to it.
 
     Raises:
       UserError: it is not one.
     """
-    return cls(root, config_lib.from_json(str(Path(root) / CONFIG_NAME)))
+    experiment = config_lib.from_json(str(Path(root) / CONFIG_NAME))
+    for name, stage in _added(Path(root)).items():
+      if name in experiment.stages:  # the experiment has one of its own by now
+        continue
+      try:
+        experiment = _with_stage(experiment, name, stage)
+      except UserError as error:  # the experiment has changed since
+        logging.warning("stage %s, which was added to %s, is left out: %s", name, root, error)
+    return cls(root, experiment)
+
+  def with_stage(self, name: str, stage: Any) -> "Workdir":
+    """The same folder with one more stage, after those of the experiment; see `keep_stage`.
+
+    Raises:
+      ConfigError: it does not fit them.
+    """
+    return Workdir(self.root, _with_stage(self.experiment, name, schema.to_plain(stage)))
+
+  def keep_stage(self, name: str) -> None:
+    """Writes down a stage of `with_stage`: `open` finds it from now on, whatever the experiment is
+    run with by then."""
+    if jax.process_index() == 0:
+      stages = {**_added(self.root), name: schema.to_plain(self.experiment.stages[name])}
+      files.write_text_atomic(self.root / ADDED_NAME, json.dumps(stages, indent=2) + "\n")
+
+  def is_added(self, name: str) -> bool:
+    """Whether a stage is one of those that commands have added, and not the experiment's own."""
+    plain = json.loads(json.dumps(schema.to_plain(self.experiment.stages[name])))
+    return _added(self.root).get(name) == plain
 
   def folder(self, stage: str) -> Path:
     """Where a stage writes."""
@@ -204,6 +236,20 @@ def last_trained(work: Workdir, *names: str) -> str:
   raise UserError(
     f"{work.root} has no finished stage that trains {' or '.join(names)}: run the experiment first."
   )
+
+
+def _added(root: Path) -> dict[str, Any]:
+  """The stages that commands have added to a run, as plain values."""
+  path = root / ADDED_NAME
+  return read_json(path) if path.exists() else {}
+
+
+def _with_stage(
+  experiment: config_lib.Experiment, name: str, plain: dict[str, Any]
+) -> config_lib.Experiment:
+  recipe = (*(other for other in experiment.recipe if other != name), name)
+  values = schema.to_plain(dataclasses.replace(experiment, recipe=recipe))
+  return config_lib.resolve({**values, "stages": {**values["stages"], name: plain}})
 
 
 def read_json(path: Path) -> dict[str, Any]:

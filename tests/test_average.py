@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -17,8 +18,10 @@ from mgen_jax.training import state as state_lib
 from mgen_jax.training.checkpoint import Checkpoints
 from mgen_jax.workdir import CONFIG_NAME, Workdir
 from tests import tiny, untrained
+from tests.training import moments
 
 MODELS = ("sft_a", "sft_b", "sft_c")
+MESH = mesh_lib.MeshConfig()
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +93,49 @@ def test_equal_models_are_their_own_average_to_the_bit(run):
     np.testing.assert_array_equal(alone[name], value)
 
 
+@pytest.mark.slow
+def test_two_processes_make_the_same_average_each_with_its_part(averaged, tmp_path):
+  """Weights below 0 too; nobody holds a whole tensor of what is sharded."""
+  stage = dataclasses.replace(
+    averaged.experiment.stages["average"], of=("sft_a", "sft_b", "sft_c"), weights=(-0.5, 1.0, 1.0)
+  )
+  work = Workdir(shutil.copytree(averaged.root, tmp_path / "run"), averaged.experiment)
+  work = work.with_stage("together", stage)
+  work.keep_stage("together")
+  work.start("together")
+  ended = moments.run_hosts(
+    work.root, 2, "--stage=together", devices=2, module="tests.average_host"
+  )
+  assert [code for _, code in ended] == [0, 0], ended
+  assert work.is_done("together")
+  found = load(work, "together")
+  a, b, c = (load(work, name) for name in MODELS)
+  for name, value in found.items():
+    wanted = (-0.5 * a[name] + b[name] + c[name]) / 1.5
+    np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_besides_the_result_one_tensor_of_one_model_is_held(run, monkeypatch):
+  """However many models there are: bytes of live arrays whenever a tensor is about to be read."""
+  task, mesh = tasks.make(run.experiment.stages["t2v"].task), mesh_lib.make_mesh(MESH)
+  sizes = [4 * x.size for x in parameters.flatten(state_lib.param_shapes(task)).values()]
+  held, read = [], Checkpoints.restore_tensors
+  models = [average._open(run, name) for name in (*MODELS, *MODELS)]
+  before = jax.live_arrays()
+  known = set(map(id, before))
+
+  def counted(self, wanted, step=None):
+    held.append(sum(array.nbytes for array in jax.live_arrays() if id(array) not in known))
+    return read(self, wanted, step)
+
+  monkeypatch.setattr(Checkpoints, "restore_tensors", counted)
+  with mesh_lib.use(mesh):
+    average._weighted(task, models, [1 / 6] * 6, mesh)
+  made = np.cumsum([0, *sizes])
+  # Before the first model's tensor what is made; before each further one also the mean so far.
+  assert held == [made[tensor + (index > 0)] for tensor in range(len(sizes)) for index in range(6)]
+
+
 def test_it_is_done_once_and_says_of_what(averaged):
   assert averaged.is_done("average")
   record = averaged.done_record("average")
@@ -113,13 +159,57 @@ def test_it_is_sampled_evaluated_and_started_from(averaged):
   assert config.inputs_of(experiment, "evaluate") == ("ingest", "encode", "average")
 
 
+def _random(task):
+  rng = np.random.default_rng(5)
+  return jax.tree.map(
+    lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype), state_lib.param_shapes(task)
+  )
+
+
+def test_adapters_are_read_with_the_base_that_their_checkpoint_refers_to(run, tmp_path):
+  work = Workdir(shutil.copytree(run.root, tmp_path / "run"), run.experiment)
+  stage = dataclasses.replace(
+    run.experiment.stages["t2v"], lora=LoraConfig(rank=2), init_from="t2v"
+  )
+  work = work.with_stage("adapted", stage)
+  task, mesh = tasks.make(stage.task), mesh_lib.make_mesh(mesh_lib.MeshConfig())
+  base = start.base(work, "adapted", task, mesh)
+  assert base.reference["stage"] == "t2v" and base.reference["step"] == 6
+  adapters = {"lora": _random(lora.wrap(task, stage.lora))["lora"]}
+  meta = {
+    "experiment": "tiny", "stage": "adapted", "task": schema.to_plain(stage.task),
+    "lora": schema.to_plain(stage.lora), "latents": untrained.LATENTS, "buckets": ["4x32x32"],
+    "base": base.reference,
+  }  # fmt: skip
+  with Checkpoints(str(work.folder("adapted") / "checkpoints")) as checkpoints:
+    checkpoints.save(6, {"params": adapters, "ema": adapters}, {}, meta)
+  work.start("adapted")
+  work.finish("adapted", 1.0, steps=6)
+
+  whole = {"base": parameters.unflatten(load(work, "t2v")), **adapters}
+  wanted = parameters.flatten(jax.device_get(lora.wrap(task, stage.lora).merged(whole)))
+  for name, found in (
+    ("sampled", load(work, "adapted")),
+    ("merged", make(work, "m", of=("adapted",))),
+  ):
+    for tensor, value in found.items():
+      np.testing.assert_allclose(value, wanted[tensor], rtol=1e-5, atol=1e-5, err_msg=name)
+
+  shutil.rmtree(work.folder("t2v"))
+  untrained.save(work, "t2v", seed=99)
+  with pytest.raises(
+    UserError, match=r"another one by now; the adapters in .*adapted are of step 6"
+  ):
+    load(work, "adapted")
+  shutil.rmtree(work.folder("t2v"))
+  with pytest.raises(UserError, match=r"bring that checkpoint back .*no checkpoint of step 6"):
+    make(work, "gone", of=("adapted",))
+
+
 def test_adapters_are_merged_for_good(run):
   stage = dataclasses.replace(run.experiment.stages["t2v"], lora=LoraConfig(rank=2))
   wrapped = lora.wrap(tasks.make(stage.task), stage.lora)
-  rng = np.random.default_rng(5)
-  params = jax.tree.map(
-    lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype), state_lib.param_shapes(wrapped)
-  )
+  params = _random(wrapped)
   # As a state has it: what is held has no average.
   state = {"params": params, "ema": {"lora": params["lora"]}}
   meta = {
@@ -175,15 +265,28 @@ def test_latents_that_are_normalised_otherwise_are_refused(run, monkeypatch, tmp
     make(run, "two", of=("sft_a", str(tmp_path / "sft_a")))
 
 
+def test_an_added_stage_of_models_that_are_gone_is_left_out_with_a_warning(run, tmp_path, caplog):
+  work = Workdir.create(tmp_path, run.experiment)
+  task = run.experiment.stages["t2v"].task
+  work.with_stage("added", config.AverageStage(task=task, of=("sft_c",))).keep_stage("added")
+  assert "added" in Workdir.open(tmp_path).experiment.stages
+  stages = {k: v for k, v in run.experiment.stages.items() if k != "sft_c"}
+  recipe = tuple(name for name in run.experiment.recipe if name in stages)
+  Workdir.create(tmp_path, dataclasses.replace(run.experiment, stages=stages, recipe=recipe))
+  with caplog.at_level("WARNING"):
+    assert "added" not in Workdir.open(tmp_path).experiment.stages
+  assert "is left out" in caplog.text and "sft_c" in caplog.text
+
+
 def test_the_greedy_soup_takes_what_helps_and_leaves_the_rest():
   """Models are points, the loss the distance from 2: 1 and 3 average to 2, and 9 does not help."""
   points = {"far": 9.0, "low": 1.0, "high": 3.2, "broken": np.nan}
-  loss = lambda point: float(abs(point - 2.0))  # noqa: E731
-  made, taken, losses = average.greedy(list(points), lambda name: np.float64(points[name]), loss)
-  assert taken == ["low", "high"] and made == pytest.approx(2.1)
+  loss = lambda names: abs(np.mean([points[name] for name in names]) - 2.0)  # noqa: E731
+  taken, losses = average.greedy(list(points), loss)
+  assert taken == ["low", "high"]
   assert losses["average"] == pytest.approx(0.1) and losses["far"] == 7
   with pytest.raises(UserError, match="finite"):
-    average.greedy(["broken"], lambda name: np.nan, loss)
+    average.greedy(["broken"], loss)
 
 
 def test_the_command_adds_a_stage_to_the_run(run, capsys):
@@ -199,7 +302,11 @@ def test_the_command_adds_a_stage_to_the_run(run, capsys):
   np.testing.assert_allclose(
     both["text/embedding"], (a["text/embedding"] + c["text/embedding"]) / 2, rtol=1e-6, atol=1e-7
   )
-  assert json.loads((run.root / CONFIG_NAME).read_text())["stages"]["two_of"]["kind"] == "average"
+  # Running the experiment again writes its own config, and loses no stage that was added.
+  Workdir.create(run.root, run.experiment)
+  assert "two_of" not in json.loads((run.root / CONFIG_NAME).read_text())["stages"]
+  again = Workdir.open(run.root)
+  assert again.is_done("two_of") and again.experiment.stages["two_of"].of == ("sft_a", "sft_c")
   values(["average", f"--workdir={run.root}", "--of=sft_a", "--name=t2v"])
   with pytest.raises(UserError, match="choose another name"):
     average.main([], values)

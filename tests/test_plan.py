@@ -1,15 +1,18 @@
 """The command as a user runs it: plans, files, comparisons, and one sentence for a fault."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from mgen_jax import config as config_lib
 from mgen_jax import plan
 from mgen_jax.errors import UserError
+from mgen_jax.planning import averaging, topologies
 from tests import tiny
 
 
@@ -76,6 +79,55 @@ def test_the_bucket_with_the_most_tokens_comes_first():
   assert [b.name for b in plan.pick_buckets(made, "t2v", "b4x32x32", False)] == ["4x32x32"]
   with pytest.raises(UserError, match='did you mean "8x32x48"'):
     plan.pick_buckets(made, "t2v", "8x32x44", False)
+
+
+def changing():
+  values = tiny.get_config()
+  values.stages.t2v.batch_changes = (
+    (2, 2.0),
+    (4, 0.5),
+    (100, 9.0),
+  )  # the last one is never reached
+  return config_lib.resolve(values)
+
+
+@pytest.mark.parametrize(
+  ("step", "factor", "words"),
+  [
+    (None, 2, "from step 2 on, x2, the largest of the stage"),
+    (1, 1, "from step 0 on, x1, not its largest"),
+    (3, 2, "from step 2 on, x2, the largest"),
+    (5, 0.5, "from step 4 on, x0.5, not its largest"),
+  ],
+)
+def test_batches_that_change_are_planned_where_they_are_largest_or_at_a_step(step, factor, words):
+  made = changing()
+  before = made.stages["t2v"].batches()
+  planned, said = plan.at_step(made, "t2v", step)
+  found = planned.stages["t2v"].batches()
+  assert {b: entry.batch for b, entry in found.items()} == {
+    b: factor * entry.batch for b, entry in before.items()
+  }
+  assert words in said and "x9" not in said
+  assert plan.at_step(made, "t2i", None) == (made, None)
+  with pytest.raises(UserError, match="--at_step=6 is not a step of stage t2v"):
+    plan.at_step(made, "t2v", 6)
+
+
+def test_an_average_of_30b_fits_a_node_of_which_one_gpu_could_not_hold_it():
+  """From shapes alone: nothing of that size is made."""
+  spec = importlib.util.spec_from_file_location("t2v_sft", "experiments/t2v_sft.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  made = config_lib.resolve(module.get_config("h100"))
+  topology = topologies.parse("cpu:8")
+  record = averaging.make_plan(made, "average", topology, jax.devices()[:8])
+  memory, count = record["memory_gib"], record["parameters"]
+  assert count > 29e9 and record["mesh"]["fsdp"] == 8
+  assert memory["average"] == pytest.approx(4 * count / 8 / 2**30, rel=0.01)  # sharded, in fp32
+  assert memory["tensor"] < 0.2 * memory["average"]
+  assert memory["temp"] < 0.01 * memory["tensor"]
+  assert memory["total"] == sum(memory[part] for part in ("average", "tensor", "temp"))
 
 
 def test_a_stage_that_does_not_train_cannot_be_planned():

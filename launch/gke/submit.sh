@@ -11,11 +11,6 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/common.sh
 . "$here/../common.sh"
 
-dry_run=''
-if [ "${1:-}" = --dry-run ]; then
-  dry_run=yes
-  shift
-fi
 platform=${1:-}
 is_in "$platform" gpu tpu || die "'$platform' is not gpu or tpu: launch/gke/submit.sh gpu NAME --config=..."
 NAME=${2:-}

@@ -86,6 +86,10 @@ class LoraConfig:
   alpha: float | None = None  # None: as the rank
   # Paths of kernels, as in WORKDIR's log and in `frozen`; * stands for anything.
   kernels: tuple[str, ...] = ("*attention/*/kernel",)
+  # Whether checkpoints hold the base as well. Without, they name the stage that it comes from with
+  # its checksum, and cannot be used when that is gone; a base of no stage, or one that was grown to
+  # this model, is always held.
+  save_base: bool = False
 
   def __post_init__(self):
     if self.rank < 0:

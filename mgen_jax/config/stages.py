@@ -156,6 +156,9 @@ class TrainStage:
   kind: str = "train"
   task: Any = schema.one_of("name", lambda: tasks.CONFIGS)
   steps: int = 1000
+  # Of the order of its data, its noise and its times; None: the run's. Stages that are averaged
+  # want each its own: drawn alike, their errors are alike, and stay in the average.
+  seed: int | None = None
   # By "b16x64x64": frames x height x width; the letter makes it a name that a flag can spell.
   buckets: dict[str, BucketConfig] = dataclasses.field(default_factory=dict)
   tokens_per_step: int = 0  # buckets whose batch is 0 get as large a one as this holds
@@ -251,6 +254,10 @@ class TrainStage:
             "must be a whole number."
           )
 
+  def seeded(self, seed: int) -> int:
+    """The seed of what is drawn in training, in a run with this seed."""
+    return seed if self.seed is None else self.seed
+
   def passes(self, examples: int, shards: int) -> int:
     """Passes over a batch of so many examples on so many shards of it."""
     return examples // shards if self.accumulate == -1 else self.accumulate
@@ -267,6 +274,11 @@ class TrainStage:
       bucket: dataclasses.replace(entry, batch=round((entry.batch or self._batch(bucket)) * factor))
       for bucket, entry in buckets.items()
     }
+
+  def at_step(self, step: int) -> "TrainStage":
+    """The stage as if all of it were like this step: its batches as numbers, and no changes."""
+    buckets = {f"b{bucket.name}": entry for bucket, entry in self.batches(step).items()}
+    return dataclasses.replace(self, buckets=buckets, batch_changes=())
 
   def _batch(self, bucket: Bucket) -> int:
     if not self.tokens_per_step:

@@ -267,6 +267,18 @@ class Checkpoints:
       raise self._read_error(step, error) from error
     return items["meta"]
 
+  def digest(self, step: int | None = None) -> tuple[int, str]:
+    """The step of a checkpoint (the newest by default) and one checksum of all of it.
+
+    Raises:
+      CheckpointError: there is none or it is damaged.
+    """
+    step = self._existing(step)
+    try:
+      return step, checksums.digest(self._path(step))
+    except (checksums.Damaged, OSError) as error:
+      raise self._read_error(step, error) from error
+
   def close(self) -> None:
     """Waits for the save under way and lets the folder go."""
     try:

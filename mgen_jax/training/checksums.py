@@ -8,7 +8,10 @@ whose run ended between its commit and its checksums has none, and is used with 
 whole all the same, since Orbax names it only then.
 """
 
+import functools
+import hashlib
 import json
+from collections.abc import Sequence
 from concurrent import futures
 from pathlib import Path
 
@@ -27,18 +30,9 @@ class Damaged(Exception):
 
 def write(folder: Path, process: int, processes: int) -> None:
   """Keeps the checksums of this process's share of a whole checkpoint."""
-  files = sorted(
-    path
-    for path in folder.rglob("*")
-    if not (path.parent == folder and (path.match(_PATTERN) or path.match(_BEING_WRITTEN)))
-    and path.is_file()
-  )[process::processes]
-
-  def entry(path: Path) -> tuple[str, list]:
-    return path.relative_to(folder).as_posix(), [path.stat().st_size, sha256_file(path)]
-
+  files = _files(folder)[process::processes]
   with futures.ThreadPoolExecutor(_THREADS) as pool:
-    content = {"files": dict(pool.map(entry, files))}
+    content = {"files": dict(pool.map(functools.partial(_entry, folder), files))}
   name = f"checksums-{process}-of-{processes}.json"
   write_text_atomic(folder / name, json.dumps(content, indent=1) + "\n")
 
@@ -54,12 +48,7 @@ def verify(folder: Path, process: int, processes: int) -> None:
   if len(lists) < writers:
     missing = "no checksums" if not lists else f"{len(lists)} of {writers} lists of checksums"
     logging.warning("%s has %s: the files without one are not verified", folder, missing)
-  expected = {}
-  for path in lists:
-    try:
-      expected |= json.loads(path.read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError, TypeError) as error:
-      raise Damaged(f"{path.name} is no list of checksums") from error
+  expected = _listed(lists)
 
   def check(item: tuple[str, list]) -> None:
     name, (size, digest) = item
@@ -73,3 +62,44 @@ def verify(folder: Path, process: int, processes: int) -> None:
 
   with futures.ThreadPoolExecutor(_THREADS) as pool:
     list(pool.map(check, sorted(expected.items())[process::processes]))
+
+
+def digest(folder: Path) -> str:
+  """One checksum of a whole checkpoint, however many processes have written it; from its lists,
+  and where they are not complete from the files.
+
+  Raises:
+    Damaged: a list cannot be read.
+  """
+  lists = sorted(folder.glob(_PATTERN))
+  if not lists or len(lists) < int(lists[0].stem.split("-")[-1]):
+    files = _files(folder)
+    with futures.ThreadPoolExecutor(_THREADS) as pool:
+      listed = dict(pool.map(functools.partial(_entry, folder), files))
+  else:
+    listed = _listed(lists)
+  return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+  """Of a checkpoint, in order, without the lists."""
+  return sorted(
+    path
+    for path in folder.rglob("*")
+    if not (path.parent == folder and (path.match(_PATTERN) or path.match(_BEING_WRITTEN)))
+    and path.is_file()
+  )
+
+
+def _entry(folder: Path, path: Path) -> tuple[str, list]:
+  return path.relative_to(folder).as_posix(), [path.stat().st_size, sha256_file(path)]
+
+
+def _listed(lists: Sequence[Path]) -> dict[str, list]:
+  expected = {}
+  for path in lists:
+    try:
+      expected |= json.loads(path.read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError, TypeError) as error:
+      raise Damaged(f"{path.name} is no list of checksums") from error
+  return expected

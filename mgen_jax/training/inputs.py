@@ -95,7 +95,7 @@ def make_stream(
   make = functools.partial(
     pipeline.make_stream,
     **{**common, "workers": stage.workers},
-    seed=work.experiment.seed,
+    seed=stage.seeded(work.experiment.seed),
     repeat=stage.small_buckets == "repeat",
   )
 
@@ -125,8 +125,8 @@ def make_stream(
           yield bucket, batch
 
   first, *changed = [phase.batch_sizes for phase in phases]
-  # Validation uses the buckets of later phases too.
-  return loop.Stream(first, start, validation, (*changed, sizes)), latents
+  validated = {bucket: sizes[bucket] for bucket in held_out}  # those of later phases too
+  return loop.Stream(first, start, validation, tuple(changed), validated), latents
 
 
 def _statistics(

@@ -20,7 +20,9 @@ from mgen_jax.parallel import rules
 
 # Steps after which processes look at what they have told each other: as many as may be queued on
 # the devices (`meter.MAX_IN_FLIGHT`), so that nobody waits for the answer.
-_DELAY = 2
+DELAY = 2
+
+BAD_DATA = 1 << 16  # in place of a signal: the data end. More than any signal, so it is what counts
 
 # What a collective, the coordination service or a barrier says when a process does not answer.
 _LOST = re.compile(
@@ -53,21 +55,23 @@ class StopSignal:
     for signum, handler in self._before.items():
       signal.signal(signum, handler)
 
-  def received(self, mesh: jax.sharding.Mesh, last: bool) -> int:
-    """The signal that asks to stop before this step; 0 for none. To be called before every step.
+  def received(self, mesh: jax.sharding.Mesh, last: bool, bad_data: bool = False) -> int:
+    """The signal that asks to stop before this step; BAD_DATA where the data of a process end, 0
+    for none. To be called before every step.
 
     A signal may have reached only some of several processes, and all must save at the same step:
     each tells the others in every step, and all act on it two steps later, or at the `last` one.
     """
+    own = BAD_DATA if bad_data else self._signum
     if jax.process_count() == 1:
-      return self._signum
+      return own
     sharding = jax.sharding.NamedSharding(mesh, jax.P(mesh.axis_names))
-    mine = np.full(len(mesh.local_devices), self._signum, np.int32)
+    mine = np.full(len(mesh.local_devices), own, np.int32)
     told = jax.make_array_from_process_local_data(sharding, mine, (mesh.size,))
     self._told.append(_largest(mesh)(told))
     if last:
       return max(map(int, self._told))
-    return int(self._told.popleft()) if len(self._told) > _DELAY else 0
+    return int(self._told.popleft()) if len(self._told) > DELAY else 0
 
   def _note(self, signum: int, frame: FrameType | None) -> None:
     del frame

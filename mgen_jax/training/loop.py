@@ -26,12 +26,12 @@ from mgen_jax.data.buckets import Bucket
 from mgen_jax.errors import UserError
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.tasks.base import Task
-from mgen_jax.training import lora, validation
+from mgen_jax.training import ahead, lora, validation
 from mgen_jax.training import metrics as metrics_lib
 from mgen_jax.training import state as state_lib
 from mgen_jax.training.checkpoint import CheckpointError, Checkpoints
 from mgen_jax.training.guard import Guard, RollBack
-from mgen_jax.training.interrupt import Interrupted, StopSignal
+from mgen_jax.training.interrupt import BAD_DATA, Interrupted, StopSignal
 from mgen_jax.training.meter import Meter
 from mgen_jax.training.observe import Observation
 from mgen_jax.training.patience import Patience
@@ -61,6 +61,7 @@ class Stream(NamedTuple):
   open: Callable[[int], Batches]  # from a number of batch on
   validation: Callable[[], Iterator[Rows]]  # held out, finite, always the same
   changed_sizes: tuple[Mapping[Bucket, int], ...] = ()  # global batches of later steps
+  validation_sizes: Mapping[Bucket, int] | None = None  # of `validation`; None: not known ahead
 
   def buckets(self) -> list[Bucket]:
     """Of all steps, in order."""
@@ -79,6 +80,7 @@ def train(
   meta: dict[str, Any],
   load_initial: Callable[[Any, Any], Any] | None = None,
   frozen: Any = None,
+  load_base: Callable[[Any, Any], Any] | None = None,
 ) -> float:
   """Trains a stage to its last step, or continues to train it.
 
@@ -93,6 +95,8 @@ def train(
     meta: saved in every checkpoint: what is needed to use it later.
     load_initial: (shapes, shardings) -> parameters to start from; None for random ones.
     frozen: parameters that the task reads in every step and never changes, on the mesh; None: none.
+    load_base: (shapes, shardings) -> the base of adapters, which `meta["base"]` refers to and
+      checkpoints then leave out.
 
   Returns:
     Seconds that this stage has taken, earlier runs of it included.
@@ -109,6 +113,7 @@ def train(
     run = _Run(
       *(task, config, stream, mesh, name, seed, folder, meta, began),
       frozen=() if frozen is None else (frozen,),
+      load_base=load_base,
       program=make_program(task, config, mesh, seed),
       rows_of=shapes_by_size(task, stream, mesh),
       put=putter(task, stream, mesh),
@@ -170,6 +175,7 @@ class _Run:
   meta: dict[str, Any]
   began: float  # when this process did, less what the stage has taken before
   frozen: tuple[Any, ...]  # nothing, or the frozen parameters
+  load_base: Callable[[Any, Any], Any] | None  # where checkpoints refer to it
   program: Program
   rows_of: dict[tuple[Bucket, int], dict[str, jax.ShapeDtypeStruct]]
   put: Callable[[Bucket, Mapping[str, np.ndarray]], dict[str, jax.Array]]
@@ -190,7 +196,12 @@ class _Run:
         state = state_lib.initialise(self.task, optimizer, layout, self.seed, initial, contents)
       return state, Progress(), None
     with self.observation.spend("restore"):
-      restored = self.checkpoints.restore(shapes, layout)
+      if self.load_base is None:
+        restored = self.checkpoints.restore(shapes, layout)
+      else:
+        restored = self.checkpoints.restore(lora.without_base(shapes), lora.without_base(layout))
+        base = self.load_base(shapes.params[lora.BASE], layout.params[lora.BASE])
+        restored = restored._replace(state=lora.with_base(restored.state, base))
     logging.info(
       "stage %s continues from step %d of %d", self.name, restored.step, self.config.steps
     )
@@ -204,7 +215,7 @@ class _Run:
     config = self.config
     if self.train_step is None and at.step < config.steps:
       with self.observation.spend("compile"):
-        self.train_step = self.program.compile(self.rows_of, *self.frozen)
+        self._compile()
     guard = Guard(
       *(config.guard, self.name, self.folder),
       examples_of=lambda step: batches.examples_at(step - 1 + at.passed_over),
@@ -219,37 +230,45 @@ class _Run:
       wandb_project=config.observe.wandb,
     ) as metrics:
       meter = Meter(self.task, metrics, guard.check, self.observation, config.log_every)
-      saved = at.step
+      saved, upcoming = at.step, ahead.Ahead(batches, config.steps - at.step)
 
       def save(step):
         meter.flush()  # stops here rather than save a state that went wrong
         seconds = time.perf_counter() - self.began
-        data = {"step": step, "seed": self.seed, "fingerprint": batches.fingerprint}
+        data = {"step": step, "seed": self.seed, "fingerprint": upcoming.fingerprint}
         data |= {"passed_over": at.passed_over, "roll_backs": at.roll_backs}
         with (
           self.observation.spend("save"),
           self.patience.over("the checkpoint before to be written"),
         ):
-          self.checkpoints.save(step, state, data, {**self.meta, "seconds": seconds})
+          kept = state if self.load_base is None else lora.without_base(state)
+          self.checkpoints.save(step, kept, data, {**self.meta, "seconds": seconds})
 
       for step in range(at.step, config.steps + 1):
         last = step == config.steps
-        signum = self.stop.received(self.mesh, last)
+        stop = self.stop.received(self.mesh, last, upcoming.fault is not None)
         if step > at.step and _due(step, config.validate_every, last):
-          with self.observation.spend("validation"):
-            found = self.validate(
-              state_lib.averaged(state), self.stream.validation(), self.put, *self.frozen
-            )
-            metrics.write(step, found)
-            state = self.program.follow(state, np.float32(found[validation.LOSS]), config)
-        if step > saved and (_due(step, config.checkpoint_every, last) or signum):
+          try:
+            with self.observation.spend("validation"):
+              held_out = ahead.together(self.stream.validation())
+              found = self.validate(state_lib.averaged(state), held_out, self.put, *self.frozen)
+          except UserError as error:  # likewise of a batch: see below
+            if step > saved:
+              logging.error("%s", error)
+              save(step)
+            raise
+          metrics.write(step, found)
+          state = self.program.follow(state, np.float32(found[validation.LOSS]), config)
+        if step > saved and (_due(step, config.checkpoint_every, last) or stop):
           save(step)
           saved = step
-        if signum or last:
+        if stop or last:
           with self.observation.spend("save"):
             self.checkpoints.wait()
-        if signum:
-          raise Interrupted(signum, self.name, step)
+        if stop == BAD_DATA:
+          raise upcoming.fault or ahead.elsewhere()
+        if stop:
+          raise Interrupted(stop, self.name, step)
         if last:
           break
         try:
@@ -257,10 +276,10 @@ class _Run:
             self.observation.spend("data"),
             self.patience.over(f"the batch of step {step + 1}"),
           ):
-            bucket, rows = next(batches)
+            bucket, rows = next(upcoming)
             examples, rows = _examples(rows), self.put(bucket, rows)
         except UserError as error:  # its records are gone; the state is as good as ever
-          if step > saved and jax.process_count() == 1:  # others are on their way, and cannot save
+          if step > saved:
             logging.error("%s", error)
             save(step)
           raise
@@ -270,6 +289,17 @@ class _Run:
     if config.validate_every and jax.process_index() == 0:
       validation.draw(self.folder)
     return time.perf_counter() - self.began
+
+  def _compile(self) -> None:
+    """Everything that runs between two saves, before the first step."""
+    sizes, held_out = self.stream, self.stream.validation_sizes or {}
+    trained = {item for s in (sizes.batch_sizes, *sizes.changed_sizes) for item in s.items()}
+    steps = {key: rows for key, rows in self.rows_of.items() if key in trained}
+    self.train_step = self.program.compile(steps, *self.frozen)
+    if self.config.validate_every and held_out:
+      state = state_lib.with_layout(self.program.shapes, self.program.layout)
+      batches = {key: self.rows_of[key] for key in held_out.items()}
+      self.validate.compile(state_lib.averaged(state), batches, *self.frozen)
 
 
 def _due(step: int, every: int, last: bool) -> bool:
@@ -283,7 +313,7 @@ def shapes_by_size(
   """`batch_shapes` by bucket and number of examples: a stage may change its batches."""
   return {
     (bucket, sizes[bucket]): shapes
-    for sizes in (stream.batch_sizes, *stream.changed_sizes)
+    for sizes in (stream.batch_sizes, *stream.changed_sizes, stream.validation_sizes or {})
     for bucket, shapes in batch_shapes(task, sizes, mesh).items()
   }
 

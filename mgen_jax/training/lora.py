@@ -3,7 +3,8 @@
 A stage with adapters trains {"base": the model's parameters, held, "lora": {kernel: {"a", "b"}}}.
 The model sees W + (alpha / rank) A B in each chosen kernel; B starts at zero, so the first step
 sees the base. A kernel [..., out] gets A [..., rank] and B [rank, out], one pair for each layer of
-a stack. What is saved is complete: merged, it is a model like any other.
+a stack. Merged, it is a model like any other. A checkpoint holds the adapters, and of a base that
+is another stage's model only which one that is, with its checksum (`lora.save_base`: the base too).
 
 Moments and averages exist for the adapters only. Gradients of the chosen kernels are computed on
 the way to their adapters': the memory of activations and gradients is that of full training.
@@ -16,7 +17,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from mgen_jax.config import LoraConfig
 from mgen_jax.errors import UserError
@@ -74,14 +74,17 @@ class LoraTask:
   def merged(self, params: Any) -> Any:
     """The model's own parameters with the adapters added to their kernels."""
     base = parameters.flatten(params[BASE])
-    pairs = traverse_util.flatten_dict(params[ADAPTERS], sep="/")
-    scale = (self.lora.rank if self.lora.alpha is None else self.lora.alpha) / self.lora.rank
+    pairs = parameters.flatten(params[ADAPTERS])
     for name in self.kernels:
-      a, b = pairs[f"{name}/a"], pairs[f"{name}/b"]
-      # [L, ..., r] x [L, r, out] or [..., r] x [r, out]
-      product = jnp.einsum("l...r,lro->l...o", a, b) if b.ndim == 3 else a @ b
-      base[name] = base[name] + scale * product
+      base[name] = self.adapted(base[name], pairs[f"{name}/a"], pairs[f"{name}/b"])
     return parameters.unflatten(base)
+
+  def adapted(self, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """W + (alpha / rank) A B of one kernel."""
+    scale = (self.lora.rank if self.lora.alpha is None else self.lora.alpha) / self.lora.rank
+    # [L, ..., r] x [L, r, out] or [..., r] x [r, out]
+    product = jnp.einsum("l...r,lro->l...o", a, b) if b.ndim == 3 else a @ b
+    return kernel + scale * product
 
   def _held(self, params: Any) -> Any:
     return self.merged({**params, BASE: jax.lax.stop_gradient(params[BASE])})
@@ -115,6 +118,16 @@ def wrap(task: Task, config: LoraConfig) -> Task:
 def merged(task: Task, params: Any) -> Any:
   """The parameters of the model itself, of a task with or without adapters."""
   return task.merged(params) if isinstance(task, LoraTask) else params
+
+
+def without_base(state: state_lib.TrainState) -> state_lib.TrainState:
+  """What a checkpoint holds that refers to its base; of shapes and shardings likewise."""
+  return state.replace(params={ADAPTERS: state.params[ADAPTERS]})
+
+
+def with_base(state: state_lib.TrainState, base: Any) -> state_lib.TrainState:
+  """The state again."""
+  return state.replace(params={BASE: base, **state.params})
 
 
 def starting(

@@ -1,4 +1,4 @@
-"""Parameters by name: which of them a stage trains, and which it only reads.
+"""Parameters by name: which of them a stage trains, which it only reads, and their running mean.
 
 A parameter's name is its path with slashes, "backbone/layers/mlp/up/kernel", as logs and manifests
 show it.
@@ -6,6 +6,7 @@ show it.
 
 import difflib
 import fnmatch
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,3 +62,10 @@ def held(params: Any, names: frozenset[str]) -> Any:
     name: jax.lax.stop_gradient(leaf) if name in names else leaf
     for name, leaf in flatten(params).items()
   })  # fmt: skip
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def blend(mean: jax.Array, tensor: jax.Array, step: float) -> jax.Array:
+  """mean + step x (tensor - mean), in the place of `mean`: of two equal tensors it is the tensor,
+  to the bit."""
+  return mean + step * (tensor - mean)

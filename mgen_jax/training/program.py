@@ -65,7 +65,7 @@ def make_program(task: Task, config: TrainStage, mesh: jax.sharding.Mesh, seed: 
     optimizer,
     optimizer_lib.make_schedule(config.optimizer, config.steps),
     layout,
-    seed=seed,
+    seed=config.seeded(seed),
     passes=lambda examples: config.passes(examples, mesh_lib.batch_shards(mesh)),
     ema_decay=step_lib.ema_decay(config),
     contents=contents,

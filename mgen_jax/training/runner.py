@@ -38,6 +38,9 @@ def run(work: Workdir, name: str) -> None:
     "latents": latents,
     "buckets": [bucket.name for bucket in stream.buckets()],  # those that had examples
   }
+  base = start.base(work, name, task, mesh)
+  if base is not None:
+    meta["base"] = base.reference
   frozen = None
   if frozen_shapes(task, None) is not None:
     logging.info("stage %s reads its frozen encoders", name)
@@ -53,6 +56,7 @@ def run(work: Workdir, name: str) -> None:
     meta=meta,
     load_initial=start.loader(work, name, task, mesh, latents),
     frozen=frozen,
+    load_base=None if base is None else base.load,
   )
   work.finish(name, seconds, steps=stage.steps)
 

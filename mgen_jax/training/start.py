@@ -7,7 +7,7 @@ what was left out. Not here: from where a run that was interrupted continues (`l
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from mgen_jax.errors import UserError
 from mgen_jax.tasks.base import Task
 from mgen_jax.training import inputs, lora, parameters
 from mgen_jax.training import state as state_lib
-from mgen_jax.training.checkpoint import Checkpoints
+from mgen_jax.training.checkpoint import CheckpointError, Checkpoints
 from mgen_jax.weights import files as weight_files
 from mgen_jax.workdir import Workdir
 
@@ -83,12 +83,82 @@ def read(
   with Checkpoints(str(folder / "checkpoints"), read_only=True) as checkpoints:
     meta = checkpoints.read_meta(step)
     saved = model_of(meta) if task is None else _with_adapters(task, meta)
-    layout = state_lib.param_shardings(saved, mesh)
-    params = checkpoints.restore_ema(state_lib.param_shapes(saved), layout, step)
+    shapes, layout = state_lib.param_shapes(saved), state_lib.param_shardings(saved, mesh)
+    reference = meta.get("base")
+    if reference is not None:
+      shapes, layout = ({lora.ADAPTERS: tree[lora.ADAPTERS]} for tree in (shapes, layout))
+    params = checkpoints.restore_ema(shapes, layout, step)
+  if reference is not None:
+    params = {lora.BASE: _read_base(folder, reference, mesh, saved.task), **params}
   if isinstance(saved, lora.LoraTask):
     whole = state_lib.param_shardings(saved.task, mesh)
     return saved.task, jax.jit(saved.merged, out_shardings=whole)(params), meta
   return saved, params, meta
+
+
+class Base(NamedTuple):
+  """The base of a stage's adapters, where its checkpoints refer to it."""
+
+  reference: dict[str, Any]  # "stage", "step" and "sha256": in the meta of the checkpoints
+  load: Loader
+
+
+def base(work: Workdir, name: str, task: Task, mesh: jax.sharding.Mesh) -> Base | None:
+  """The base that stage `name` refers to; None: its checkpoints hold all that they need.
+
+  Args:
+    work: of the run.
+    name: of a train stage.
+    task: that it trains, without adapters.
+    mesh: its devices.
+  """
+  stage = work.experiment.stages[name]
+  if not stage.lora.rank or stage.lora.save_base or stage.init_from is None:
+    return None
+  shapes = state_lib.param_shapes(task)
+  if state_lib.param_shapes(tasks.make(work.experiment.stages[stage.init_from].task)) != shapes:
+    logging.info("stage %s has grown from %s: checkpoints hold its base", name, stage.init_from)
+    return None
+  if hasattr(task, "pretrained") and task.pretrained(tuple(shapes)):  # some of it is from files
+    return None
+  with Checkpoints(str(work.folder(stage.init_from) / "checkpoints"), read_only=True) as origin:
+    step, digest = origin.digest()
+  reference = {"stage": stage.init_from, "step": step, "sha256": digest}
+
+  def load(shapes: Any, layout: Any) -> Any:
+    del shapes
+    return jax.tree.map(
+      jax.device_put, _read_base(work.folder(name), reference, mesh, task), layout
+    )
+
+  return Base(reference, load)
+
+
+def base_folder(folder: Path, reference: Mapping[str, Any]) -> Path:
+  """Where the base that a checkpoint of the stage in `folder` refers to lies, once compared.
+
+  Raises:
+    CheckpointError: it is gone, or is another one by now.
+  """
+  origin = folder.parent / reference["stage"]
+  kept = (
+    f"the adapters in {folder} are of step {reference['step']} of {origin}: bring that checkpoint "
+    "back (another time, set lora.save_base to keep the base with the adapters)."
+  )
+  try:
+    with Checkpoints(str(origin / "checkpoints"), read_only=True) as checkpoints:
+      found = checkpoints.digest(reference["step"])[1]
+  except CheckpointError as error:
+    raise CheckpointError(f"{kept} {error}") from error
+  if found != reference["sha256"]:
+    raise CheckpointError(f"what is there is another one by now; {kept}")
+  return origin
+
+
+def _read_base(
+  folder: Path, reference: Mapping[str, Any], mesh: jax.sharding.Mesh, task: Task
+) -> Any:
+  return read(base_folder(folder, reference), mesh, task, reference["step"])[1]
 
 
 def origin_latents(work: Workdir, stage: TrainStage) -> dict[str, Any] | None:

@@ -189,8 +189,13 @@ def compile_for(
   # Tracing holds Python's lock and depends on the mesh in use; only XLA's part runs side by side.
   extra = () if frozen is None else (frozen,)
   lowered = {b: train_step.lower(state, dict(batch), *extra) for b, batch in batches.items()}
-  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    compiled = dict(zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True))
+  compiled = compile_side_by_side(lowered)
   seconds = time.perf_counter() - began
   logging.info("compiled the step for %d shapes of batches in %.1f s", len(compiled), seconds)
   return compiled
+
+
+def compile_side_by_side(lowered: Mapping[Any, jax.stages.Lowered]) -> dict[Any, Any]:
+  """Compiles several programs at once, a thread each."""
+  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    return dict(zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True))

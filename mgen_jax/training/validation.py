@@ -19,6 +19,7 @@ from mgen_jax.parallel import rules
 from mgen_jax.tasks.base import Task, complete
 from mgen_jax.training import metrics as metrics_lib
 from mgen_jax.training import state as state_lib
+from mgen_jax.training import step as step_lib
 
 LOSS = "validation_loss"
 AT = LOSS + "_t"  # and the time, like validation_loss_t0.06
@@ -29,7 +30,8 @@ Rows = tuple[Bucket, dict[str, np.ndarray]]
 
 
 class Validator:
-  """Measures parameters on held-out data; compiled once for each shape of a batch."""
+  """Measures parameters on held-out data; compiled once for each shape of a batch, ahead with
+  `compile`, or else when it first comes."""
 
   def __init__(self, task: Task, mesh: jax.sharding.Mesh, *, seed: int, bins: int):
     """`bins`: times to look at; 0, or of a task without times: as training draws them."""
@@ -39,6 +41,23 @@ class Validator:
       out_shardings=rules.replicated(mesh),
     )
     self._times, self._weights = task.time_bins(bins) if self._timed else (None, None)
+    self._compiled: Mapping[tuple[Bucket, int], Callable[..., jax.Array]] = {}
+
+  def compile(
+    self, params: Any, batches: Mapping[tuple[Bucket, int], Mapping[str, Any]], *frozen: Any
+  ) -> None:
+    """Compiles for batches of these shapes, so that the first validation need not.
+
+    Args:
+      params: as shapes with shardings.
+      batches: likewise, of each bucket and number of examples.
+      frozen: parameters that complete a batch, if the task has such.
+    """
+    start = np.int32(0)
+    self._compiled = step_lib.compile_side_by_side({
+      key: self._program.lower(params, dict(rows), start, start, *frozen)
+      for key, rows in batches.items()
+    })  # fmt: skip
 
   def __call__(
     self,
@@ -60,8 +79,10 @@ class Validator:
     """
     found, seen = [], 0
     for index, (bucket, rows) in enumerate(batches):
-      found.append(self._program(params, put(bucket, rows), index, seen, *frozen))
-      seen += len(next(iter(rows.values()))) * jax.process_count()
+      examples = len(next(iter(rows.values()))) * jax.process_count()
+      program = self._compiled.get((bucket, examples), self._program)
+      found.append(program(params, put(bucket, rows), np.int32(index), np.int32(seen), *frozen))
+      seen += examples
     found = jax.device_get(found)
     if not self._timed:
       return {LOSS: float(np.mean(found))}

@@ -12,6 +12,7 @@ import jax
 from absl import flags
 
 from mgen_jax import cli
+from mgen_jax.errors import UserError
 from mgen_jax.parallel import mesh as mesh_lib
 from tests.training import moments
 
@@ -26,6 +27,7 @@ WORKERS = flags.DEFINE_integer("workers", 0, "Of Grain.")
 SIGNAL = flags.DEFINE_integer("signal", 0, "Sent to itself.")
 MOMENT = flags.DEFINE_string("moment", moments.BATCH, "When it is sent.")
 AT = flags.DEFINE_integer("at", None, "And which: the number of a batch, or times before.")
+BREAKS = flags.DEFINE_integer("breaks", None, "The number of a batch that cannot be read here.")
 PREPARED = flags.DEFINE_string("prepared", None, "Waits for this file before it is sent.")
 
 
@@ -46,12 +48,17 @@ def main(argv):
         time.sleep(0.01)
       os.kill(os.getpid(), SIGNAL.value)
 
+  def on_batch(number):
+    passes(moments.BATCH, number)
+    if number == BREAKS.value:
+      raise UserError(f"record {number} of a shard cannot be read: bring it back.")
+
   moments.watch(passes)
   mesh = dict(entry.split("=") for entry in MESH.value) or {"fsdp": jax.device_count()}
   toy.train(
     FOLDER.value,
     devices=None,
-    data=toy.mixed_stream(WORKERS.value, on_batch=lambda number: passes(moments.BATCH, number)),
+    data=toy.mixed_stream(WORKERS.value, on_batch=on_batch),
     mesh=mesh_lib.MeshConfig(**{axis: int(size) for axis, size in mesh.items()}),
     steps=STEPS.value,
     checkpoint_every=EVERY.value,

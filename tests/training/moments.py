@@ -40,8 +40,8 @@ def watch(passes, patch=setattr):
   around(checksums, "write", before=checks, after=end)
 
 
-def run_hosts(folder, processes, *flags, last=(), devices=1):
-  """Runs `tests.training.host` as so many processes to their end: [(stderr, exit code)].
+def run_hosts(folder, processes, *flags, last=(), devices=1, module="tests.training.host"):
+  """Runs a module of the tests as so many processes to their end: [(stderr, exit code)].
 
   Args:
     folder: of the run.
@@ -49,11 +49,12 @@ def run_hosts(folder, processes, *flags, last=(), devices=1):
     flags: for all of them.
     last: flags of the last one only.
     devices: of each.
+    module: what takes --folder, --port, --processes and --index.
   """
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-  command = [sys.executable, "-m", "tests.training.host", f"--folder={folder}", f"--port={port}"]
+  command = [sys.executable, "-m", module, f"--folder={folder}", f"--port={port}"]
   environment = {
     **os.environ,
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",

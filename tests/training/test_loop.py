@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from mgen_jax.data.records import RecordError
+from mgen_jax.errors import UserError
 from mgen_jax.parallel import mesh as mesh_lib
+from mgen_jax.training import ahead, loop, meter, patience
 from mgen_jax.training import checkpoint as checkpoint_lib
-from mgen_jax.training import loop, meter, patience
 from mgen_jax.training import metrics as metrics_lib
 from mgen_jax.training import optimizer as optimizer_lib
 from mgen_jax.training import state as state_lib
@@ -177,6 +178,48 @@ def test_a_record_shard_that_goes_bad_in_mid_run_is_named_and_nothing_is_lost(tm
   shard.write_bytes(good)
   toy.train(tmp_path / "run", data=toy.record_stream(tmp_path / "records"))
   assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_held_out_records_that_are_gone_stop_the_run_after_saving(tmp_path):
+  def validation():
+    yield toy.batch_at(10_000)
+    raise RecordError("the held-out shard is missing")
+
+  data = toy.stream()._replace(validation=validation)
+  with pytest.raises(RecordError, match="held-out"):
+    toy.train(tmp_path, data=data, validate_every=5, checkpoint_every=100)
+  assert int(toy.final_state(tmp_path).step) == 5
+
+
+def test_batches_that_are_drawn_early_are_no_part_of_what_a_checkpoint_says(monkeypatch):
+  """Several processes draw ahead; a phase that begins after the step of a checkpoint may change."""
+
+  class Phases:
+    drawn = 0
+    fingerprint = property(lambda self: "one phase" if self.drawn < 4 else "two phases")
+
+    def __next__(self):
+      self.drawn += 1
+      return self.drawn - 1
+
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  batches = Phases()
+  upcoming = ahead.Ahead(batches, 6)
+  seen = [(upcoming.fingerprint, next(upcoming)) for _ in range(6)]
+  assert [batch for _, batch in seen] == list(range(6)) and batches.drawn == 6
+  assert [said for said, _ in seen] == ["one phase"] * 4 + ["two phases"] * 2
+
+
+def test_all_processes_stop_at_the_item_that_one_of_them_cannot_read(monkeypatch):
+  others = iter([[0, 0], [0, 1], [0, 0]])  # what the processes tell of each item
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(
+    ahead.multihost_utils, "process_allgather", lambda own: np.array(next(others))
+  )
+  items = ahead.together(iter("abc"))
+  assert next(items) == "a"
+  with pytest.raises(UserError, match="another process of this run cannot read its data"):
+    next(items)
 
 
 def test_slow_storage_is_said_and_nothing_dies(tmp_path, monkeypatch, caplog):

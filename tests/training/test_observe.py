@@ -47,6 +47,19 @@ def test_strict_mode_allows_the_warm_up(tmp_path):
   assert metrics.read(str(tmp_path))[-1]["step"] == 24
 
 
+def test_the_first_validation_has_been_compiled_before_the_first_step(tmp_path):
+  def compiled(folder, data):
+    toy.train(folder, data=data, log_every=2, steps=10, validate_every=4, checkpoint_every=10)
+    lines = metrics.read(str(folder))
+    losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    return {line["step"]: line["compiles"] for line in lines if "compiles" in line}, losses
+
+  ahead = compiled(tmp_path / "ahead", toy.stream())
+  late = compiled(tmp_path / "late", toy.stream()._replace(validation_sizes=None))
+  assert late[0][4] >= 1 and ahead[0][4] == 0
+  assert late[1] == ahead[1] and len(ahead[1]) == 3
+
+
 def test_a_window_of_steps_is_profiled(tmp_path):
   window = ObserveConfig(profile_from=5, profile_steps=2)
   toy.train(tmp_path, steps=10, log_every=1, observe=window)

@@ -46,13 +46,14 @@ class Dense(toy.ToyTask):
     return jnp.square(made - batch["y"]).mean(), {}
 
 
-def train(folder, task=None, *, data=None, devices=1, load_initial=None, **values):
+def train(folder, task=None, *, data=None, devices=1, load_initial=None, load_base=None, **values):
   config = toy.stage(**values)
   mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:devices])
   task = toy.ToyTask() if task is None else task
   stream = toy.stream() if data is None else data
   options = {"name": "toy", "seed": 3, "folder": str(folder), "meta": {"stage": "toy"}}
-  return loop.train(task, config, stream, mesh, load_initial=load_initial, **options)
+  loads = {"load_initial": load_initial, "load_base": load_base}
+  return loop.train(task, config, stream, mesh, **loads, **options)
 
 
 def state_of(folder, task=None, **values):
@@ -73,6 +74,14 @@ def averaged_of(folder, task):
 
 def lines(folder, name):
   return {m["step"]: m[name] for m in metrics_lib.read(str(folder)) if name in m}
+
+
+def test_a_stage_may_have_a_seed_of_its_own(tmp_path):
+  """Models that are to be averaged shall not share their noise (their data: test_inputs.py)."""
+  for name, seed in (("the run's", None), ("the same", 3), ("another", 4)):
+    train(tmp_path / name, steps=3, seed=seed)
+  first, same, other = (lines(tmp_path / n, "loss") for n in ("the run's", "the same", "another"))
+  assert first == same and all(first[step] != other[step] for step in first)
 
 
 # Learning rates.
@@ -261,6 +270,30 @@ def test_adapters_start_as_the_base_and_train_nothing_else(tmp_path):
   by_hand = base["layers"]["kernel"] + 2.0 * product
   merged = wrapped.merged(params)["layers"]["kernel"]
   np.testing.assert_allclose(merged, by_hand, rtol=1e-5, atol=1e-7)
+
+
+def test_a_checkpoint_need_not_hold_the_base_of_its_adapters(tmp_path):
+  task, load, asked = Dense(), _pretrained(Dense()), []
+
+  def base(shapes, layout):
+    asked.append(shapes.keys())
+    return load(shapes, layout)
+
+  values = {"lora": ADAPTERS, "load_initial": load}
+  train(tmp_path / "whole", task, steps=6, **values)
+  train(tmp_path / "part", task, steps=3, load_base=base, **values)
+  train(tmp_path / "part", task, steps=6, load_base=base, **values)  # goes on
+  assert len(asked) == 1
+  assert lines(tmp_path / "part", "loss") == lines(tmp_path / "whole", "loss")
+  with Checkpoints(f"{tmp_path}/part/checkpoints", read_only=True) as checkpoints:
+    shapes = state_lib.param_shapes(lora.wrap(task, ADAPTERS))
+    mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1])
+    layout = state_lib.param_shardings(lora.wrap(task, ADAPTERS), mesh)
+    with pytest.raises(UserError, match=r"base/layers/kernel: absent in the checkpoint"):
+      checkpoints.restore_ema(shapes, layout)
+    found = checkpoints.restore_ema({"lora": shapes["lora"]}, {"lora": layout["lora"]})
+  whole = averaged_of(tmp_path / "whole", lora.wrap(task, ADAPTERS))
+  chex.assert_trees_all_equal(jax.device_get(found)["lora"], whole["lora"])
 
 
 def test_adapters_lie_on_the_mesh_as_their_kernels():

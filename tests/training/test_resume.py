@@ -157,3 +157,16 @@ def test_two_processes_of_which_one_is_killed_then_one_then_four(whole, tmp_path
   assert "continues from step 15 of 24" in ended[0][0]
   train(tmp_path, data=toy.mixed_stream(), devices=8, mesh=MeshConfig(fsdp=8))
   assert_close_run(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_data_that_only_one_of_two_processes_cannot_read_end_both_with_all_saved(whole, tmp_path):
+  ended = moments.run_hosts(tmp_path, 2, last=("--breaks=14",))
+  assert [code for _, code in ended] == [2, 2], ended
+  assert "another process of this run cannot read its data" in ended[0][0]
+  assert "record 14 of a shard cannot be read" in ended[1][0]
+  # All steps that have data are done and saved, not only those before the last regular checkpoint.
+  with Checkpoints(f"{tmp_path}/checkpoints", keep=2) as checkpoints:
+    assert checkpoints.latest_step() == 14
+  train(tmp_path, data=toy.mixed_stream(), devices=2, mesh=MeshConfig(fsdp=2))
+  assert_close_run(tmp_path, whole)

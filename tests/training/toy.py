@@ -119,7 +119,8 @@ def stream(**options):
       yield batch_at(10_000 + index)
 
   sizes = dict.fromkeys(BUCKETS, BATCH)
-  return loop.Stream(sizes, lambda step: Batches(step, **options), validation)
+  start = lambda step: Batches(step, **options)  # noqa: E731
+  return loop.Stream(sizes, start, validation, validation_sizes=sizes)
 
 
 class Examples:
