@@ -76,11 +76,14 @@ def test_muon_leaves_the_matrices_that_are_named_to_adam(task):
   assert np.abs(first).max() < 2e-3 < np.abs(hidden).max()  # the rate of each
   stage = config_lib.resolve(tiny.get_config()).stages["t2v"]
   wrong = OptimizerConfig(name="muon", adam=("backbone/patch_inn",))
-  with pytest.raises(UserError, match='optimizer.adam has "backbone/patch_inn", which fits no'):
+  with pytest.raises(UserError, match='adam has "backbone/patch_inn", which fits no'):
     program.make_program(
-      task, dataclasses.replace(stage, optimizer=wrong), mesh_lib.make_mesh(mesh_lib.MeshConfig()), seed=0
+      task,
+      dataclasses.replace(stage, optimizer=wrong),
+      mesh_lib.make_mesh(mesh_lib.MeshConfig()),
+      seed=0,
     )
-  with pytest.raises(ConfigError, match='adam is .* it is of name "muon"'):
+  with pytest.raises(ConfigError, match=r'adam is .* it is of name "muon"'):
     OptimizerConfig(adam=("backbone/patch_in",))
 
 
