@@ -31,13 +31,13 @@ CLASSES = tuple(
 )
 IMAGE, CLIP = "1x64x64", "8x64x64"
 MODEL = {
-  "layers": 6, "width": 128, "heads": 4, "in_channels": 8, "max_frames": 8, "scan_unroll": 3,
-  "classes": len(CLASSES),
+  "layers": 4, "width": 96, "heads": 4, "in_channels": 8, "max_frames": 8, "scan_unroll": 2,
+  "classes": len(CLASSES), "position_scale": 0.25, "time_scale": 0.25,
 }  # fmt: skip
 ARMS = {
   "v1": {},
   "v2": {"variant": 2},
-  "v3": {"variant": 3, "layers": 5},  # 22 d^2 parameters a block, where the others have 18 d^2
+  "v3": {"variant": 3, "layers": 3},  # 22 d^2 parameters a block, where the others have 18 d^2
   "v4": {"variant": 4},
   "compression": {"embedding": "compression"},
   "all_tokens": {"conditioning": "all_tokens"},
@@ -51,7 +51,7 @@ AUTOENCODER = {
     "decoder_res_blocks": 1, "latent_channels": 8, "conv_method": "matmul",
   },
   "l2_weight": 1.0,
-  "kl_weight": 1e-3,
+  "kl_weight": 1e-4,
 }  # fmt: skip
 
 
@@ -59,17 +59,20 @@ def get_config():
   muon = {"name": "muon", "schedule": "linear", "end_factor": 0.02, "warmup_steps": 30, "b2": 0.98}
   train = {"kind": "train", "log_every": 25, "checkpoint_every": 500}
   optimizer = {**muon, "lr": 3e-3, "muon_lr": 0.03}
+  ends = ("latte/patch_in", "latte/head")
 
   def arm(changes, bucket=CLIP, batch=16, **stage):
     task = {
       "name": "latte",
       "model": MODEL | changes,
       "class_names": CLASSES,
-      "sampler": {"method": "ddim", "num_steps": 25, "guidance": 3.0},
+      "prediction": "velocity",
+      "schedule": "zero_terminal_snr",
+      "sampler": {"method": "ddim", "num_steps": 25, "spacing": "trailing", "guidance": 3.0},
     }
     return {
-      **train, "task": task, "latents": "encode", "optimizer": optimizer, "ema_decay": 0.99,
-      "steps": 600, "buckets": {f"b{bucket}": {"batch": batch}}, **stage,
+      **train, "task": task, "latents": "encode", "optimizer": {**optimizer, "adam": ends},
+      "ema_decay": 0.99, "steps": 400, "buckets": {f"b{bucket}": {"batch": batch}}, **stage,
     }  # fmt: skip
 
   stages = {

@@ -46,9 +46,12 @@ AUTOENCODER = {
     "decoder_res_blocks": 1, "latent_channels": 8, "conv_method": "matmul",
   },
   "l2_weight": 1.0,
-  "kl_weight": 1e-3,
+  "kl_weight": 1e-4,
 }  # fmt: skip
-MODEL = {"layers": 6, "width": 192, "heads": 6, "in_channels": 8, "max_frames": 8, "scan_unroll": 3}
+MODEL = {
+  "layers": 6, "width": 128, "heads": 4, "in_channels": 8, "max_frames": 8, "scan_unroll": 3,
+  "position_scale": 0.25, "time_scale": 0.25,
+}  # fmt: skip
 
 
 def _task(condition, images):
@@ -56,7 +59,9 @@ def _task(condition, images):
     "name": "latte",
     "model": dict(MODEL),
     "images": images,
-    "sampler": {"method": "ddim", "num_steps": 50},
+    "prediction": "velocity",
+    "schedule": "zero_terminal_snr",
+    "sampler": {"method": "ddim", "num_steps": 25, "spacing": "trailing"},
   }
   if condition == "ucf":
     task["model"]["classes"] = len(CLASSES)
@@ -76,14 +81,14 @@ def get_config(twin="ucf"):
     raise config.ConfigError(f"unknown twin {twin!r}: use one of {', '.join(VARIANTS)}")
   condition, _, joint = twin.partition("_")
   muon = {"name": "muon", "schedule": "linear", "end_factor": 0.02, "warmup_steps": 30, "b2": 0.98}
-  train = {"kind": "train", "log_every": 50, "checkpoint_every": 250}
+  train = {"kind": "train", "log_every": 50, "checkpoint_every": 500}
   learn = {
     **train,
     "latents": "encode",
-    "optimizer": {**muon, "lr": 3e-3, "muon_lr": 0.03},
+    "optimizer": {**muon, "lr": 3e-3, "muon_lr": 0.03, "adam": ("latte/patch_in", "latte/head")},
     "ema_decay": 0.99,
   }
-  clips = {f"b{CLIP}": {"batch": 32}}
+  clips = {f"b{CLIP}": {"batch": 16}}
   stages = {
     "ingest": {"kind": "ingest"},
     "autoencoder": {
