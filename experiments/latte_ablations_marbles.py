@@ -7,6 +7,7 @@ The second command draws the table: a Frechet distance on fixed features, and ho
 sees the colour, shape and direction of the class. Each arm is one change of v1; interval_1 learns
 clips of every frame in place of every second.
 
+Objective, positions and optimizer are those of latte_marbles.py, for the reasons given there.
 Hardware: 4 CPU cores. Time and table: docs/numbers.md, "Latte". notebooks/latte_ablations.ipynb
 does both on a smaller budget.
 """

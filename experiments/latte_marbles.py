@@ -14,7 +14,11 @@ Behind the colon stands whose twin it is:
 Hardware: 4 CPU cores. What it reaches, and in which time: docs/numbers.md, "Latte".
 
 The autoencoder codes each block of 8x8 pixels of each frame by itself. A class is a colour, a shape
-and a direction; all objects are large.
+and a direction; all objects are large. Three choices are the toy's own (what each is for:
+docs/numbers.md): it predicts the velocity on a schedule that ends in pure noise, where the motion
+is decided and where the paper's predicted noise has next to no loss; positions count in fours, so
+that few places and frames are told apart; and the first and last matrices are Adam's, since under
+Muon they grow until the positions are drowned.
 """
 
 import itertools
