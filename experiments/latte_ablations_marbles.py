@@ -79,7 +79,7 @@ def get_config():
   stages = {
     "ingest": {"kind": "ingest"},
     "autoencoder": {
-      **train, "task": AUTOENCODER, "steps": 400, "optimizer": optimizer, "ema_decay": 0.98,
+      **train, "task": AUTOENCODER, "steps": 300, "optimizer": optimizer, "ema_decay": 0.98,
       "buckets": {f"b{IMAGE}": {"batch": 32}, f"b{CLIP}": {"batch": 8}},
     },
     "encode": {"kind": "encode", "buckets": (IMAGE, CLIP)},
