@@ -43,12 +43,12 @@ def arms(work: Workdir) -> list[str]:
   ]
 
 
-def real_clips(work: Workdir, bucket: Any, count: int) -> np.ndarray:
-  """uint8 [count, T, H, W, 3] of the data, centre windows."""
-  index = ingest.load(work.folder(config_lib.ingest_of(work.experiment)))
-  sources, _ = sources_lib.media_sources(
-    index, [bucket], split="train", fps=work.experiment.data.rate
-  )
+def real_clips(work: Workdir, name: str, bucket: Any, count: int) -> np.ndarray:
+  """uint8 [count, T, H, W, 3] of the data that a stage learned from, centre windows."""
+  latents = config_lib.latents_of(work.experiment, name)
+  index = ingest.load(work.folder(config_lib.ingest_of(work.experiment, latents)))
+  rate = config_lib.data_of(work.experiment, latents).rate
+  sources, _ = sources_lib.media_sources(index, [bucket], split="train", fps=rate)
   source = sources[bucket]
   chosen = np.random.default_rng(0).choice(len(source), min(count, len(source)), replace=False)
   return np.stack([source.example(int(i), None)["video"] for i in chosen])
@@ -67,14 +67,16 @@ def prompts_of(world: marbles.WorldConfig, count: int) -> list[marbles.Prompt]:
 
 def measure(work: Workdir, samples: int = 96, names: Sequence[str] | None = None) -> list[Row]:
   """One row for each arm; see the docstring of this file."""
-  rows, real = [], None
+  rows, real = [], {}  # features of real clips, by the latents that stand for them
   world = work.experiment.data.marbles.world
   prompts = prompts_of(world, samples)
   for name in arms(work) if names is None else names:
     generator = Generator.load(work, name)
     bucket = max(generator.trained)
-    if real is None:
-      real = frechet.random_clip_features(real_clips(work, bucket, max(samples, 256)))
+    latents = config_lib.latents_of(work.experiment, name)
+    if latents not in real:
+      clips = real_clips(work, name, bucket, max(samples, 256))
+      real[latents] = frechet.random_clip_features(clips)
     texts = [prompt.text for prompt in prompts]
     videos = generator.generate(texts, bucket, list(range(samples)))
     verdicts = [alignment.judge_video(v, p, world) for v, p in zip(videos, prompts, strict=True)]
@@ -83,7 +85,7 @@ def measure(work: Workdir, samples: int = 96, names: Sequence[str] | None = None
     rows.append(
       {
         "arm": name,
-        "frechet": round(frechet.distance(real, frechet.random_clip_features(videos)), 4),
+        "frechet": round(frechet.distance(real[latents], frechet.random_clip_features(videos)), 4),
         **{key: round(shares[key], 3) for key in ("colour", "shape", "direction")},
         "loss": round(float(losses[-1]), 4) if losses else None,
         "seconds": work.done_record(name)["seconds"],

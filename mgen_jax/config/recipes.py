@@ -44,6 +44,9 @@ class OptimizerConfig:
   name: Literal["adamw", "muon"] = "adamw"
   lr: float = 1e-4  # peak learning rate
   muon_lr: float = 0.02  # of the matrices under muon, on the same schedule
+  # Matrices that muon leaves to Adam too, by name, * for anything ("latte/patch_in"): it makes
+  # every matrix grow alike, and a first one that has grown drowns positions that are not learned.
+  adam: tuple[str, ...] = ()
   # After the warm-up. "steps" changes it at fixed steps (`lr_steps`), "plateau" lowers it whenever
   # the validation loss is flat (`plateau`; needs validate_every).
   schedule: Literal["constant", "cosine", "linear", "steps", "plateau"] = "constant"
@@ -68,6 +71,8 @@ class OptimizerConfig:
     for name in ("b1", "b2"):
       if not 0 <= getattr(self, name) < 1:
         raise ConfigError(f"{name} is {getattr(self, name)}: it must lie in [0, 1).")
+    if self.adam and self.name != "muon":
+      raise ConfigError(f'adam is {self.adam}: it is of name "muon", which leaves them to Adam.')
     if bool(self.lr_steps) != (self.schedule == "steps"):
       raise ConfigError(
         f'lr_steps is {self.lr_steps} and schedule is "{self.schedule}": give steps for "steps", '

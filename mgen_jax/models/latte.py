@@ -59,6 +59,9 @@ class LatteConfig:
   # size whatever the picture's (PixArt at other resolutions).
   position_grid: int = 0
   position_scale: float = 1.0
+  # Sin-cos positions of frames are index / time_scale. A few frames or places lie close together
+  # on these waves (8 frames span 4 directions, the others are all but nil); 1/4 sets them apart.
+  time_scale: float = 1.0
   classes: int = 0  # 0: no class; otherwise the table has one row more, "no class"
   context_widths: tuple[int, ...] = ()  # of text features; (): no text
   norm_eps: float = 1e-6
@@ -157,6 +160,11 @@ def patch_positions(config: LatteConfig, rows: int, columns: int) -> np.ndarray:
   across = np.broadcast_to(sincos(half, places(columns))[None], (rows, columns, half))
   down = np.broadcast_to(sincos(half, places(rows))[:, None], (rows, columns, half))
   return np.concatenate([across, down], -1).reshape(rows * columns, config.width)
+
+
+def frame_positions(config: LatteConfig, frames: int) -> np.ndarray:
+  """Of the frames (or tubes) of a clip: [frames, D]."""
+  return sincos(config.width, tuple(np.arange(frames) / config.time_scale))
 
 
 def timestep_features(time: Array) -> Array:
@@ -293,7 +301,7 @@ class Latte(nn.Module):
       return {"angles": positions_lib.line_angles(frames, cfg.head_dim, cfg.rotary_theta)}
     if frames == 1:
       return {}
-    return {"positions": jnp.asarray(sincos(cfg.width, tuple(range(frames))))}
+    return {"positions": jnp.asarray(frame_positions(cfg, frames))}
 
   def _context(self, context, context_mask) -> dict[str, Array | None]:
     """Projects each text (two layers, as PixArt) and joins them along the tokens."""

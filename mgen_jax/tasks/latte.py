@@ -30,8 +30,8 @@ from mgen_jax.tasks.text_inputs import FeatureTextConfig
 from mgen_jax.weights import latte as latte_weights
 
 # Model keys that an earlier stage may have had otherwise: they shape no parameter.
-_FREE = {"max_frames", "position_grid", "position_scale", "context_parallel", "dtype", "remat"}
-_FREE |= {"scan_unroll", "norm_eps", "rotary_theta"}
+_FREE = {"max_frames", "position_grid", "position_scale", "time_scale", "context_parallel"}
+_FREE |= {"dtype", "remat", "scan_unroll", "norm_eps", "rotary_theta"}
 
 _VIDEO_AXES = ("batch", "frames", "height", "width", "channels")
 

@@ -1,6 +1,7 @@
 """The optimizer of a stage: optax chains from a config. Nothing in them is ours but the order."""
 
-from collections.abc import Collection, Mapping
+import functools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import optax
 import optax.contrib
 
 from mgen_jax.config import OptimizerConfig
+from mgen_jax.training import parameters
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -59,7 +61,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         adam_b1=config.b1,
         adam_b2=config.b2,
         adam_learning_rate=schedule,
-        muon_weight_dimension_numbers=matrix_dimensions,
+        muon_weight_dimension_numbers=functools.partial(matrix_dimensions, adam=config.adam),
       )
     )
   else:
@@ -120,7 +122,7 @@ def make_optimizers(
   def labels(params: Any) -> Any:
     # By the first name on the way to a leaf; optax also asks about trees without any.
     def label(path: tuple, _: Any) -> str:
-      if jax.tree_util.keystr(path, simple=True, separator="/") in frozen:
+      if _name(path) in frozen:
         return still
       return path[0].key if path[0].key in made else ""
 
@@ -129,19 +131,24 @@ def make_optimizers(
   return optax.partition({**made, "": rest}, labels)
 
 
-def matrix_dimensions(params: Any) -> Any:
+def matrix_dimensions(params: Any, adam: Sequence[str] = ()) -> Any:
   """Which parameters are matrices, and along which axes, for Muon.
 
   Every leaf called "kernel": its last axis is the output, the others together are the input, and
   in a stack of layers ("layers", "spatial_layers") the first axis counts layers. Norms, biases and
-  tables are none.
+  tables are none, nor what a pattern of `adam` fits (see `parameters.is_of`; optax also asks about
+  trees of which parts are masked, so a pattern that fits none is refused in `program`).
   """
 
   def one(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
     names = [getattr(entry, "key", None) for entry in path]
-    if names[-1] != "kernel":
+    if names[-1] != "kernel" or any(parameters.is_of(_name(path), each) for each in adam):
       return None
     first = 1 if any(str(name).endswith("layers") for name in names) else 0
     return optax.contrib.MuonDimensionNumbers(tuple(range(first, leaf.ndim - 1)), leaf.ndim - 1)
 
   return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _name(path: tuple) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")

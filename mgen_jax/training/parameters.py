@@ -26,20 +26,20 @@ def unflatten(named: dict[str, Any]) -> Any:
   return traverse_util.unflatten_dict(named, sep="/")
 
 
+def is_of(name: str, pattern: str) -> bool:
+  """Whether a pattern fits a name: * stands for anything, the name of a part for all below it."""
+  return any(fnmatch.fnmatchcase(name, each) for each in (pattern, f"{pattern}/*"))
+
+
 def matching(patterns: Sequence[str], names: Sequence[str], where: str) -> frozenset[str]:
-  """The names that one of the patterns fits: * stands for anything, and the name of a part for all
-  that is below it.
+  """The names that one of the patterns fits (`is_of`).
 
   Raises:
     UserError: a pattern that fits none; says where it stands and what comes near.
   """
   found = set()
   for pattern in patterns:
-    fits = [
-      name
-      for name in names
-      if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}/*")
-    ]
+    fits = [name for name in names if is_of(name, pattern)]
     if not fits:
       near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3) or list(names)[:1]
       raise UserError(f'{where} has "{pattern}", which fits no parameter: one is "{near[0]}".')

@@ -53,6 +53,8 @@ def make_program(task: Task, config: TrainStage, mesh: jax.sharding.Mesh, seed: 
   frozen = parameters.matching(config.frozen, names, "frozen") | parameters.matching(
     untrained, names, "untrained"
   )
+  for part in (config.optimizer, *config.optimizers.values()):
+    parameters.matching(part.adam, names, "optimizer.adam")
   contents = state_lib.Contents(
     frozen, ema=config.ema != "off", plateau=config.optimizer.schedule == "plateau"
   )

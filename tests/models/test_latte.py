@@ -185,6 +185,22 @@ def test_the_order_of_frames_matters(variant, encoding):
   assert np.abs(forward - backward).max() > 1e-3
 
 
+@pytest.mark.parametrize(("scale", "directions"), [(1.0, (2, 2)), (0.25, (7, 3))])
+def test_a_scale_sets_few_frames_and_places_apart(scale, directions):
+  """How many directions a linear map can tell 8 frames, and 4 columns, apart by."""
+  config = dataclasses.replace(TINY, width=192, heads=6, position_scale=scale, time_scale=scale)
+  frames, row = latte.frame_positions(config, 8), latte.patch_positions(config, 1, 4)
+  for table, count in zip((frames, row), directions, strict=True):
+    sizes = np.linalg.svd(table - table.mean(0), compute_uv=False)
+    assert (sizes > sizes[0] / 3).sum() == count
+  inputs = _inputs(TINY)
+  scaled = dataclasses.replace(TINY, time_scale=scale)
+  params = _params(TINY)
+  assert (np.abs(_run(scaled, params, inputs) - _run(TINY, params, inputs)).max() > 1e-3) == (
+    scale != 1.0
+  )
+
+
 def test_rotary_time_depends_on_distances_only():
   """One layer of attention over time: a still clip gives the same for all frames."""
   config = dataclasses.replace(TINY, time_encoding="rotary")

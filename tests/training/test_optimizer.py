@@ -1,16 +1,19 @@
 """What the optimizer does with a config."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from mgen_jax import config as config_lib
 from mgen_jax import tasks
 from mgen_jax.config import OptimizerConfig
-from mgen_jax.errors import ConfigError
+from mgen_jax.errors import ConfigError, UserError
 from mgen_jax.parallel import mesh as mesh_lib
-from mgen_jax.training import optimizer, state
+from mgen_jax.training import optimizer, program, state
 from tests import tiny
 
 
@@ -47,9 +50,7 @@ def test_a_large_gradient_is_clipped_by_its_global_norm():
 
 @pytest.fixture(scope="module")
 def task():
-  from mgen_jax import config
-
-  return tasks.make(config.resolve(tiny.get_config()).stages["t2v"].task)
+  return tasks.make(config_lib.resolve(tiny.get_config()).stages["t2v"].task)
 
 
 def test_muon_takes_the_kernels_and_adam_the_rest(task):
@@ -63,6 +64,27 @@ def test_muon_takes_the_kernels_and_adam_the_rest(task):
   assert stacked.reduction_axis == (1,) and stacked.output_axis == 2  # axis 0 counts layers
   assert dims["backbone"]["layers"]["modulation"] is None
   assert dims["text"]["embedding"] is None
+
+
+def test_muon_leaves_the_matrices_that_are_named_to_adam(task):
+  config = OptimizerConfig(name="muon", lr=1e-3, muon_lr=1.0, adam=("backbone/patch_in",))
+  params = jax.tree.map(lambda x: jnp.zeros(x.shape), state.param_shapes(task))
+  gradient = jax.tree.map(jnp.ones_like, params)
+  made = optimizer.make_optimizer(config, 10)
+  updates = made.update(gradient, made.init(params), params)[0]["backbone"]
+  first, hidden = (updates[name]["kernel"] for name in ("patch_in", "head"))
+  assert np.abs(first).max() < 2e-3 < np.abs(hidden).max()  # the rate of each
+  stage = config_lib.resolve(tiny.get_config()).stages["t2v"]
+  wrong = OptimizerConfig(name="muon", adam=("backbone/patch_inn",))
+  with pytest.raises(UserError, match='adam has "backbone/patch_inn", which fits no'):
+    program.make_program(
+      task,
+      dataclasses.replace(stage, optimizer=wrong),
+      mesh_lib.make_mesh(mesh_lib.MeshConfig()),
+      seed=0,
+    )
+  with pytest.raises(ConfigError, match=r'adam is .* it is of name "muon"'):
+    OptimizerConfig(adam=("backbone/patch_in",))
 
 
 def test_muon_updates_of_a_matrix_are_nearly_orthogonal():
