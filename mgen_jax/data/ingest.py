@@ -1,9 +1,9 @@
 """From a folder of videos and images to an index: what can be read, and with which caption.
 
 The folder may be plain, with captions in one of several forms (`listing`), hold WebDataset tars
-(`tars`), whose clips are read where they are, or the tables of a Hugging Face data set (`tables`),
-whose clips are unpacked first. Nothing is filtered by quality here (that is curation) and no shape
-is chosen (`buckets`).
+(`tars`) or records of media files (`record_media`), whose clips are read where they are, or the
+tables of a Hugging Face data set (`tables`), whose clips are unpacked first. Nothing is filtered by
+quality here (that is curation) and no shape is chosen (`buckets`).
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from absl import logging
 
-from mgen_jax.data import listing, media, tables, tars
+from mgen_jax.data import listing, media, record_media, records, tables, tars
 from mgen_jax.data.files import write_text_atomic
 from mgen_jax.errors import UserError
 
@@ -46,8 +46,9 @@ class Clip:
     caption: its text, on one line.
     split: "train", or "held_out" for evaluation.
     camera: its motion, like "zoom in", where captions.jsonl names it; else "".
-    archive: the tar that holds it, relative to the folder; "": it is a file of its own.
-    offset, bytes: where in the archive.
+    archive: the tar or shard of records that holds it, relative to the folder; "": it is a file of
+      its own.
+    offset, bytes: where in the archive (of records: which one).
   """
 
   id: str
@@ -117,9 +118,12 @@ def _open(folder: Path, path: str, archive: str, offset: int, size: int) -> Path
   if not archive:
     return folder / path
   try:
-    with (folder / archive).open("rb") as file:
-      file.seek(offset)
-      data = file.read(size)
+    if archive.endswith(records.SHARD_SUFFIX):
+      data = record_media.read(folder / archive, offset)
+    else:
+      with (folder / archive).open("rb") as file:
+        file.seek(offset)
+        data = file.read(size)
   except OSError as error:
     raise media.MediaError(f"{folder / archive} cannot be read ({error.strerror}).") from error
   if len(data) < size:
@@ -254,12 +258,18 @@ def _indexed(root: Path) -> Index:
 
 
 def _list(root: Path, caption_key: str | None, unpack_to: Path | None) -> listing.Listing:
-  """Files and clips in tars; where none of them has a caption, clips of tables."""
+  """Files, clips in tars and in records; where none has a caption, clips of tables."""
   listed = listing.folder(root, caption_key)
   archives = tars.find(root)
   for number, path in enumerate(archives, start=1):
     logging.log_every_n(logging.INFO, "listing tar %d of %d, %s", 20, number, len(archives), path)
     listed.add(tars.members(root, path, caption_key))
+  shards = record_media.find(root)
+  for number, path in enumerate(shards, start=1):
+    logging.log_every_n(logging.INFO, "listing shard %d of %d, %s", 20, number, len(shards), path)
+    listed.add(record_media.members(root, path, caption_key))
+  lost = record_media.missing(root, shards)
+  listed.add(listing.Listing(root, bad=lost, files=len(lost)))
   if not listed.found and (found := tables.find(root)):
     return tables.clips(root, found, caption_key, unpack_to)
   if not listed.found:
