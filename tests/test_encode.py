@@ -12,7 +12,8 @@ import pytest
 from absl import flags
 
 from mgen_jax import encode
-from mgen_jax.data import record_media, records
+from mgen_jax.data import records
+from mgen_jax.data.buckets import parse_bucket
 from mgen_jax.errors import UserError
 from mgen_jax.training import inputs
 from mgen_jax.workdir import Workdir
@@ -103,14 +104,13 @@ def test_two_processes_make_the_same_files_and_go_on_where_one_stopped(origin, e
 
 
 def test_records_of_media_give_the_latents_that_their_files_give(origin, encoded, tmp_path):
-  videos = origin.root / "videos"
-  lines = map(json.loads, (videos / "captions.jsonl").read_text().splitlines())
-  with records.RecordWriter(tmp_path / "media" / records.shard_name(0, 1)) as writer:
-    for line in lines:
-      data = {record_media.MEDIA: np.frombuffer((videos / line["file"]).read_bytes(), np.uint8)}
-      info = {"file": line["file"], "camera": line.get("camera", "")}
-      writer.write(records.Record(line["file"], "", line["caption"], 0.0, 0.0, data, info))
-  made = command(origin, tmp_path / "out", videos=tmp_path / "media")
+  videos, media = origin.root / "videos", tmp_path / "media"
+  with records.RecordWriter(media / records.shard_name(0, 1)) as writer:
+    for line in map(json.loads, (videos / "captions.jsonl").read_text().splitlines()):
+      data = {records.MEDIA: np.frombuffer((videos / line["file"]).read_bytes(), np.uint8)}
+      writer.write(records.Record("", "", line["caption"], 0.0, 0.0, data))
+  records.write_manifest(media, [writer.shard], bucket=parse_bucket("8x32x48"), settings={})
+  made = command(origin, tmp_path / "out", videos=media)
 
   def by_caption(folder):  # of clips as long as their bucket: no window of theirs is drawn
     sources = [records.open_records(path) for path in sorted(folder.glob("*/8x32x48"))]

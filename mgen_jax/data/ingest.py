@@ -46,9 +46,9 @@ class Clip:
     caption: its text, on one line.
     split: "train", or "held_out" for evaluation.
     camera: its motion, like "zoom in", where captions.jsonl names it; else "".
-    archive: the tar or shard of records that holds it, relative to the folder; "": it is a file of
-      its own.
-    offset, bytes: where in the archive (of records: which one).
+    archive: the tar that holds it, or the folder of records, relative to the folder; "": it is a
+      file of its own.
+    offset, bytes: where in the tar; or the number of the record, and the size of its file.
   """
 
   id: str
@@ -117,13 +117,16 @@ class Index:
 def _open(folder: Path, path: str, archive: str, offset: int, size: int) -> Path | media.NamedBytes:
   if not archive:
     return folder / path
+  if (folder / archive).is_dir():
+    try:
+      data = records.opened(folder / archive)[offset].arrays[records.MEDIA]
+    except (records.RecordError, IndexError, KeyError) as error:
+      raise media.MediaError(f"{path} cannot be read from its shard ({error}).") from error
+    return media.NamedBytes(data.tobytes(), str(folder / path))
   try:
-    if archive.endswith(records.SHARD_SUFFIX):
-      data = record_media.read(folder / archive, offset)
-    else:
-      with (folder / archive).open("rb") as file:
-        file.seek(offset)
-        data = file.read(size)
+    with (folder / archive).open("rb") as file:
+      file.seek(offset)
+      data = file.read(size)
   except OSError as error:
     raise media.MediaError(f"{folder / archive} cannot be read ({error.strerror}).") from error
   if len(data) < size:
@@ -249,7 +252,7 @@ def _indexed(root: Path) -> Index:
     path = (root / (clip.archive or clip.path)).resolve()
     if not path.is_relative_to(root):
       raise UserError(f"{root / INDEX_NAME} lists {clip.path}, which lies outside of the folder.")
-    if not path.is_file():
+    if not path.exists():
       raise UserError(
         f"{root / INDEX_NAME} lists {clip.path}, which is not there: restore it, or delete the"
         " index to have the folder looked through."
@@ -264,12 +267,9 @@ def _list(root: Path, caption_key: str | None, unpack_to: Path | None) -> listin
   for number, path in enumerate(archives, start=1):
     logging.log_every_n(logging.INFO, "listing tar %d of %d, %s", 20, number, len(archives), path)
     listed.add(tars.members(root, path, caption_key))
-  shards = record_media.find(root)
-  for number, path in enumerate(shards, start=1):
-    logging.log_every_n(logging.INFO, "listing shard %d of %d, %s", 20, number, len(shards), path)
-    listed.add(record_media.members(root, path, caption_key))
-  lost = record_media.missing(root, shards)
-  listed.add(listing.Listing(root, bad=lost, files=len(lost)))
+  for name in record_media.find(root):
+    logging.info("listing the records in %s", root / name)
+    listed.add(record_media.members(root, name, caption_key))
   if not listed.found and (found := tables.find(root)):
     return tables.clips(root, found, caption_key, unpack_to)
   if not listed.found:

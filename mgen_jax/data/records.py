@@ -10,6 +10,7 @@ manifest. Not here: what the arrays mean (see the encode stage) and how they are
 
 import bisect
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -120,6 +121,18 @@ def _unpack_array(name: str, dtype: str, shape: list[int], data: bytes) -> np.nd
     return np.frombuffer(data, _DTYPES[dtype]).reshape(shape)
   except (KeyError, ValueError) as error:
     raise RecordError(f"the array {name!r} is not {dtype} of shape {shape} ({error}).") from error
+
+
+# --------------------------------------------------------------------------------------------------
+# Clips as they are, with what is known of them.
+
+MEDIA = "media"  # the array of a record that holds a whole file, uint8 [bytes]
+
+
+@functools.lru_cache(maxsize=256)
+def opened(folder: Path) -> "RecordSource":
+  """`open_records`, once in a process: for readers that ask for one record at a time."""
+  return open_records(folder)
 
 
 # --------------------------------------------------------------------------------------------------
