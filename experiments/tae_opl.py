@@ -6,8 +6,8 @@ without.
 
 The smaller autoencoder of the paper's ablations (4x4x4, 8 channels) at 512 px. The reconstruct
 stage also reports the spot statistic: the largest normalised latent norm, which the penalty is to
-lower. Hardware: full, 64 devices of 80 GB, not run by us; toy, 4 CPU cores, Marbles at 64 px,
-figures in docs/numbers.md, "Autoencoders".
+lower. Hardware: full, 64 devices of 80 GB, not run by us; toy, 4 CPU cores, Marbles at 64 px, both
+arms of as many steps, figures in docs/numbers.md, "Autoencoders".
 """
 
 from mgen_jax import config
