@@ -1,15 +1,17 @@
 """Encoding and decoding a clip against diffusers' video autoencoders, and the price of pieces.
 
   python -m benchmarks.autoencoder                       # frames/s and memory, diffusers beside it
-  python -m benchmarks.autoencoder --part=pieces         # 1,024 frames: memory by length, seams
+  python -m benchmarks.autoencoder --part=pieces --side=32   # 1,024 frames: memory by length, seams
 
 Part "clip": our 2.5D autoencoder (8x8x8, 16 channels) and diffusers' CogVideoX and Wan ones (4x8x8,
 16 channels), random weights, fp32, the width of each chosen so that all have about the same number
 of parameters; the machine's default threads on both sides; rounds interleaved. Needs the test extra
 (torch, diffusers). Memory is the peak of a process that does nothing else.
 
-Part "pieces": `coding.Coder` on ever longer clips, each in a process of its own, in both modes; and
-how far each mode is from decoding the whole at once, everywhere and beside the seams.
+Part "pieces": `coding.Coder` on ever longer clips, each in a process of its own, in both modes: its
+peak memory, most of which is the compiler's and differs by tens of MiB from one process to the
+next, and by how much its memory grew after the first 64 frames had come back, which does not. And
+how far each mode is from coding the whole at once, everywhere and beside the seams.
 """
 
 import functools
@@ -44,7 +46,9 @@ PIECES = AutoencoderConfig(
   time_down=(0, 1),
   groups=4,
 )
-LENGTHS = (64, 256, 1024)
+LENGTHS = (128, 256, 512, 1024, 4096)
+WHOLE = 1024  # frames that are coded at once, to compare with
+_SETTLED = 64  # frames after which everything is compiled
 MODULES = ("mgen_jax", "AutoencoderKLCogVideoX", "AutoencoderKLWan")
 
 
@@ -84,7 +88,7 @@ def clip(flags: Any) -> None:
         "parameters": f"{counts[name]:,}",
         "frames/s": round(frames / median, 2),
         "ours / theirs": own,
-        "peak MiB": run_child(name, flags)["peak_mib"],
+        **run_child(name, flags),
       }
     )
   common.report("encode and decode a clip", rows, flags.out)
@@ -165,13 +169,12 @@ def pieces(flags: Any) -> None:
   rows = []
   for mode in ("blend", "exact", "whole"):
     for length in LENGTHS:
-      if mode == "whole" and length > 256:
+      if mode == "whole" and length > WHOLE:
         continue  # that is what pieces are for
-      found = run_child(f"{mode}:{length}", flags)
-      rows.append({"mode": mode, "frames": length, "peak MiB": found["peak_mib"]})
-  common.report("peak memory of encoding and decoding a long clip", rows, None)
+      rows.append({"mode": mode, "frames": length, **run_child(f"{mode}:{length}", flags)})
+  common.report("memory of encoding and decoding a long clip", rows, None)
   seams = [seam(mode, flags.side) for mode in ("none", "blend", "exact")]
-  common.report("distance from decoding the whole at once", seams, flags.out, memory=rows)
+  common.report(f"distance from coding {WHOLE} frames at once", seams, flags.out, memory=rows)
 
 
 def coder(model: AutoencoderConfig, mode: str, side: int) -> coding.Coder:
@@ -189,19 +192,24 @@ def perturbed(model: AutoencoderConfig, side: int) -> Any:
   return jax.tree.unflatten(tree, noisy)
 
 
-def seam(mode: str, side: int, frames: int = 256) -> common.Row:
-  """Largest and mean difference, over all frames and over the two next to each seam."""
-  t, h, w, c = PIECES.latent_shape(frames, side, side)
-  latents = np.random.default_rng(0).standard_normal((t, h, w, c)).astype(np.float32)
-  decode = jax.jit(functools.partial(Autoencoder(PIECES).apply, method="decode"))
-  whole = np.asarray(decode({"params": perturbed(PIECES, side)}, latents[None]))[0]
-  made = np.concatenate(list(coder(PIECES, mode, side).decode([latents], frames)))
+def seam(mode: str, side: int, frames: int = WHOLE) -> common.Row:
+  """Largest difference of the latents; largest and mean one of the frames that latents of the whole
+  are decoded to, over all and over the two next to each seam."""
+  video = np.random.default_rng(0).uniform(-1, 1, (frames, side, side, 3)).astype(np.float32)
+  apply = jax.jit(Autoencoder(PIECES).apply)
+  whole, mean, _ = (
+    np.asarray(x[0]) for x in apply({"params": perturbed(PIECES, side)}, video[None])
+  )
+  pieces = coder(PIECES, mode, side)
+  means = np.concatenate([x for x, _ in pieces.encode([video])])
+  made = np.concatenate(list(pieces.decode([mean], frames)))
   error = np.abs(made - whole).mean((1, 2, 3)) / np.abs(whole).mean()
   near = np.zeros(frames, bool)
   for place in range(32, frames, 32):
     near[place - 1 : place + 1] = True
   return {
     "mode": mode,
+    "latents": float(np.abs(means - mean).max()),
     "largest": float(np.abs(made - whole).max()),
     "mean, relative": float(error.mean()),
     "beside seams": float(error[near].mean()),
@@ -222,26 +230,38 @@ def run_child(name: str, flags: Any) -> dict[str, float]:
 def child(name: str, frames: int, side: int) -> dict[str, float]:
   if ":" not in name:
     make(name, frames, side)[0]()
-  else:
-    mode, length = name.split(":")
-    long_clip(mode, int(length), side)
-  # Not `getrusage`: a new process inherits its parent's peak there.
+    return {"peak MiB": memory("VmHWM")}
+  mode, length = name.split(":")
+  grown = long_clip(mode, int(length), side)
+  return {"peak MiB": memory("VmHWM"), "grew MiB": grown}
+
+
+def memory(key: str) -> int:
+  """MiB of this process; not `getrusage`: a new process inherits its parent's peak there."""
   status = Path("/proc/self/status").read_text(encoding="ascii")
-  return {"peak_mib": round(int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024)}
+  return round(int(re.search(rf"{key}:\s+(\d+)", status)[1]) / 1024)
 
 
-def long_clip(mode: str, length: int, side: int) -> None:
-  """Encodes and decodes a clip that is made, and forgotten, chunk by chunk."""
+def long_clip(mode: str, length: int, side: int) -> int | None:
+  """Encodes and decodes a clip that is made, and forgotten, chunk by chunk; by how many MiB memory
+  grew at most after the first frames had come back."""
   rng = np.random.default_rng(0)
   chunks = (rng.integers(0, 256, (32, side, side, 3), np.uint8) for _ in range(length // 32))
   if mode == "whole":
     video = np.concatenate(list(chunks))[None].astype(np.float32) / 127.5 - 1.0
     params = {"params": perturbed(PIECES, side)}
     jax.block_until_ready(jax.jit(Autoencoder(PIECES).apply)(params, video))
-    return
+    return None
   made = coder(PIECES, mode, side)
   latents = (mean for mean, _ in made.encode(chunks))
-  assert sum(len(video) for video in made.decode(latents, length)) == length
+  done, settled, most = 0, None, 0
+  for video in made.decode(latents, length):
+    done += len(video)
+    if done >= _SETTLED:
+      most = max(most, memory("VmRSS"))
+      settled = most if settled is None else settled
+  assert done == length
+  return most - settled
 
 
 if __name__ == "__main__":

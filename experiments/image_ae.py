@@ -1,7 +1,7 @@
 """The frame-wise image autoencoder: no layer sees two frames.
 
   python -m mgen_jax.main --config=experiments/image_ae.py:toy
-  python -m mgen_jax.main --config=experiments/image_ae.py:full --distributed
+  python -m mgen_jax.main --config=experiments/image_ae.py:full
 
 Movie Gen codes single frames in its text-to-image model and in its upsampler (section 3.1.6), and
 compares its temporal autoencoder with one (Table 10). It is also what a temporal one starts from: a

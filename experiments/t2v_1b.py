@@ -1,6 +1,6 @@
 """A 1B text-to-video model at 256 px: the recipe of experiments/t2v_30b.py for one small cluster.
 
-  python -m mgen_jax.main --config=experiments/t2v_1b.py --distributed
+  python -m mgen_jax.main --config=experiments/t2v_1b.py
   python -m mgen_jax.main --config=experiments/t2v_1b.py --stage=t2i_256 --config.seed=1
 
 Hardware: 32 GPUs of 80 GB, or as many TPU v5p chips; batches divide over 8, 16 and 64 as well. Not

@@ -1,7 +1,7 @@
 """Movie Gen Video, 30B: the whole recipe of the paper's Table 3, from videos to 768 px clips.
 
-  python -m mgen_jax.main --config=experiments/t2v_30b.py --stage=t2i_256 --distributed
-  python -m mgen_jax.main --config=experiments/t2v_30b.py:v5p --stage=t2v_768 --distributed
+  python -m mgen_jax.main --config=experiments/t2v_30b.py --stage=t2i_256
+  python -m mgen_jax.main --config=experiments/t2v_30b.py:v5p --stage=t2v_768
 
 Behind the colon stands the hardware: h100 (the paper's: 6,144 of them, tensor 4, context 2), v5p or
 v6e (`PRESETS`). Every stage has its own number of devices, `devices(hardware)`; start the same

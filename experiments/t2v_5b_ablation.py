@@ -1,8 +1,8 @@
 """The paper's ablations at 5B (section 3.6.2): objective and backbone, all else alike.
 
-  python -m mgen_jax.main --config=experiments/t2v_5b_ablation.py:flow_matching --distributed
-  python -m mgen_jax.main --config=experiments/t2v_5b_ablation.py:diffusion --distributed
-  python -m mgen_jax.main --config=experiments/t2v_5b_ablation.py:dit --distributed
+  python -m mgen_jax.main --config=experiments/t2v_5b_ablation.py:flow_matching
+  python -m mgen_jax.main --config=experiments/t2v_5b_ablation.py:diffusion
+  python -m mgen_jax.main --config=experiments/t2v_5b_ablation.py:dit
 
   flow_matching  the base: flow matching, LLaMa3-like backbone
   diffusion      v-prediction with zero terminal SNR, sampled by DDIM, instead of flow matching

@@ -1,6 +1,6 @@
 """Supervised finetuning of Movie Gen Video, 30B (section 3.4): a few runs, and their average.
 
-  python -m mgen_jax.main --config=experiments/t2v_sft.py --distributed
+  python -m mgen_jax.main --config=experiments/t2v_sft.py
   make quickstart && python -m mgen_jax.main --config=experiments/t2v_sft.py:toy
 
 Hardware: 512 H100s, as the paper's, on tensor 4 and context 2; nobody has run it with this code. It

@@ -1,7 +1,7 @@
 """The temporal autoencoder of Movie Gen (section 3.1.1): 8x8x8, 16 channels, images and videos.
 
   python -m mgen_jax.main --config=experiments/tae.py:toy
-  python -m mgen_jax.main --config=experiments/tae.py:full --distributed \\
+  python -m mgen_jax.main --config=experiments/tae.py:full \\
       --config.stages.tae_256.task.image_weights=sd3_vae.safetensors
 
 full  Stable Diffusion's layout, inflated to 2.5D; starts from the weights of an image autoencoder

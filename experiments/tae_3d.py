@@ -1,7 +1,7 @@
 """The paper's ablation of the inflation (Table 11): 2.5D against 3D, all else alike.
 
   python -m mgen_jax.main --config=experiments/tae_3d.py:toy
-  python -m mgen_jax.main --config=experiments/tae_3d.py:full --distributed
+  python -m mgen_jax.main --config=experiments/tae_3d.py:full
 
 Both arms are the smaller autoencoder of the paper's ablations: 4x4x4 compression, 8 channels. The
 paper found 3D better by 0.3 dB and too costly for that. Hardware: full, 64 devices of 80 GB, 256

@@ -3,10 +3,11 @@
   python -m mgen_jax.encode --autoencoder=runs/tae --videos=DIR --out=DIR \\
       --buckets=1x256x256,128x256x256
 
-As a command it encodes another folder with the autoencoder of a run, on any number of hosts; an
-encode stage that names the result in `folder` takes it as it is. The same command again makes what
-is missing, and nothing where all is there. Where the `text` of a stage (or --text_encoders) names
-frozen encoders, the features of each caption stand beside the latents.
+As a command it encodes another folder (files, tars, records of media, tables: docs/loading.md) with
+the autoencoder of a run, on any number of hosts; an encode stage that names the result in `folder`
+takes it as it is. The same command again makes what is missing, and nothing where all is there.
+Where the `text` of a stage (or --text_encoders) names frozen encoders, the features of each caption
+stand beside the latents.
 
 Every clip of the index, held out or not, becomes one record in each of its buckets (a window of a
 video; one of its frames for an image bucket). The clips of a bucket are cut into shards of fixed
@@ -22,6 +23,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,7 +35,7 @@ from absl import flags, logging
 from jax.experimental import multihost_utils
 from rich import console, progress
 
-from mgen_jax import cli, schema
+from mgen_jax import cli, distributed, schema
 from mgen_jax import config as config_lib
 from mgen_jax.data import files, ingest, pipeline, records
 from mgen_jax.data import sources as sources_lib
@@ -49,6 +51,8 @@ from mgen_jax.workdir import Workdir, last_trained, read_json
 
 # Enough examples for mean and std of a channel to three digits.
 _STATISTICS_EXAMPLES = 2048
+# How long the processes wait for each other at the start, and for a sign of life after it.
+_START_SECONDS, _HEARTBEAT_SECONDS = 300, 100
 
 Encoder = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 Embedder = Callable[[Sequence[Prompt]], list[dict[str, np.ndarray]]]
@@ -286,7 +290,7 @@ def define_flags(values: flags.FlagValues) -> None:
   to = {"flag_values": values}
   flags.DEFINE_string("autoencoder", None, "Folder of the run that trained it.", **to)
   flags.DEFINE_string("stage", None, "Its train stage; the last finished one by default.", **to)
-  flags.DEFINE_string("videos", None, "Folder of media with captions (README).", **to)
+  flags.DEFINE_string("videos", None, "Folder of media or of records of media.", **to)
   flags.DEFINE_string("out", None, "Folder to write to.", **to)
   flags.DEFINE_list("buckets", None, "Shapes: frames x height x width, like 16x64x64.", **to)
   flags.DEFINE_integer("batch", 16, "Examples encoded at once on each host.", 1, **to)
@@ -306,7 +310,7 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_float("max_crop", 0.2, "Share of the picture that fitting may lose.", 0.0, **to)
   flags.DEFINE_float("held_out", 0.05, "Share of the clips that is kept apart.", 0.0, **to)
   flags.DEFINE_integer("seed", 0, "Of the split, of windows and draws.", **to)
-  flags.DEFINE_bool("distributed", False, "One of several hosts, found by JAX.", **to)
+  flags.DEFINE_enum("cluster", "auto", distributed.CLUSTERS, "Where other processes are.", **to)
   flags.DEFINE_string("coordinator", None, "host:port of process 0.", **to)
   flags.DEFINE_integer("num_processes", None, "With --coordinator: how many.", **to)
   flags.DEFINE_integer("process_id", None, "With --coordinator: which, from 0.", **to)
@@ -318,9 +322,14 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   for name in ("autoencoder", "videos", "out", "buckets"):
     if not values[name].value:
       raise UserError(f"--{name} is missing: see --help.")
-  if values.distributed or values.coordinator:
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of use on CPUs only
-    jax.distributed.initialize(values.coordinator, values.num_processes, values.process_id)
+  cluster = distributed.choose(
+    os.environ,
+    cluster=values.cluster,
+    coordinator=values.coordinator,
+    num_processes=values.num_processes,
+    process_id=values.process_id,
+  )
+  distributed.start(cluster, timeout=_START_SECONDS, heartbeat=_HEARTBEAT_SECONDS)
   origin = Workdir.open(values.autoencoder)
   coder = values.stage or last_trained(origin, "autoencoder")
   trained = origin.experiment.stages.get(coder)

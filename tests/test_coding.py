@@ -46,13 +46,14 @@ def _params(model):
 
 
 def _video(frames=FRAMES, side=SIDE):
+  """Noise: no frame can be guessed from others."""
   return np.random.default_rng(0).uniform(-1, 1, (frames, side, side, 3)).astype(np.float32)
 
 
 @functools.cache
-def _untiled(model):
+def _untiled(model, frames=FRAMES):
   apply = jax.jit(Autoencoder(model).apply)
-  return tuple(np.asarray(x[0]) for x in apply({"params": _params(model)}, _video()[None]))
+  return tuple(np.asarray(x[0]) for x in apply({"params": _params(model)}, _video(frames)[None]))
 
 
 def _coder(model, config, devices=1):
@@ -80,6 +81,19 @@ def test_exact_pieces_equal_the_whole(model):
   for a, b in zip(_encode(coder, _video()), (mean, logvar), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-4)
   np.testing.assert_allclose(_decode(coder, mean), made, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_thousand_frames_in_exact_pieces_equal_the_whole():
+  """Of a model that attends to all time, in the paper's pieces of 32 frames."""
+  made, mean, logvar = _untiled(GLOBAL, 1024)
+  coder = _coder(GLOBAL, TilingConfig(mode="exact"))
+  for a, b in zip(_encode(coder, _video(1024)), (mean, logvar), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4)
+  rebuilt = _decode(coder, mean, 1024)
+  np.testing.assert_allclose(rebuilt, made, atol=1e-4)
+  blended = _decode(_coder(GLOBAL, TilingConfig()), mean, 1024)
+  assert blended.shape == made.shape and np.abs(blended - made).max() > 1e-2  # what exact is for
 
 
 @pytest.mark.parametrize("side", ["encoder", "decoder"])

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import shutil
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from absl import flags
 
 from mgen_jax import encode
 from mgen_jax.data import records
+from mgen_jax.data.buckets import parse_bucket
 from mgen_jax.errors import UserError
 from mgen_jax.training import inputs
 from mgen_jax.workdir import Workdir
@@ -24,12 +28,16 @@ def origin(tmp_path_factory) -> Workdir:
   return untrained.make(tmp_path_factory.mktemp("origin") / "run", clips=12)
 
 
-def command(origin, out, *more):
+def arguments(origin, out, *more, videos=None):
+  flag = {"autoencoder": origin.root, "videos": videos or origin.root / "videos", "out": out}
+  common = ["--batch=4", "--shard_examples=4", "--held_out=0.25", f"--buckets={BUCKETS}"]
+  return [*(f"--{k}={v}" for k, v in flag.items()), *common, *more]
+
+
+def command(origin, out, *more, videos=None):
   values = flags.FlagValues()
   encode.define_flags(values)
-  flag = {"autoencoder": origin.root, "videos": origin.root / "videos", "out": out}
-  common = ["--batch=4", "--shard_examples=4", "--held_out=0.25", f"--buckets={BUCKETS}"]
-  values(["encode", *(f"--{k}={v}" for k, v in flag.items()), *common, *more])
+  values(["encode", *arguments(origin, out, *more, videos=videos)])
   encode.main(["encode"], values)
   return out / encode.STAGE
 
@@ -67,6 +75,52 @@ def test_the_same_command_again_makes_only_what_is_missing(origin, encoded):
   assert (encoded / kept).stat().st_mtime_ns == written
   with pytest.raises(UserError, match="seed: 0 then, 1 now"):
     command(origin, encoded.parent, "--seed=1")
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_files_and_go_on_where_one_stopped(origin, encoded, tmp_path):
+  expected = contents(encoded)
+  made = shutil.copytree(encoded.parent, tmp_path / "out") / encode.STAGE
+  kept, *lost = expected  # as if it had been stopped after the first shard
+  assert {name.name[:5] for name in lost} >= {"00000", "00001"}  # work for both
+  for name in [*lost, *(p.relative_to(made) for p in made.rglob("*.json"))]:
+    (made / name).unlink()
+  written = (made / kept).stat().st_mtime_ns
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  job = [sys.executable, "-m", "mgen_jax.encode", *arguments(origin, tmp_path / "out")]
+  job += [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
+  processes = [
+    subprocess.Popen([*job, f"--process_id={index}"], stderr=subprocess.PIPE, text=True)
+    for index in range(2)
+  ]
+  for process in processes:
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+  assert contents(made) == expected and (made / kept).stat().st_mtime_ns == written
+  for path in [*encoded.rglob(records.MANIFEST_NAME), encoded / inputs.STATISTICS_NAME]:
+    assert (made / path.relative_to(encoded)).read_text() == path.read_text()
+
+
+def test_records_of_media_give_the_latents_that_their_files_give(origin, encoded, tmp_path):
+  videos, media = origin.root / "videos", tmp_path / "media"
+  with records.RecordWriter(media / records.shard_name(0, 1)) as writer:
+    for line in map(json.loads, (videos / "captions.jsonl").read_text().splitlines()):
+      data = {records.MEDIA: np.frombuffer((videos / line["file"]).read_bytes(), np.uint8)}
+      writer.write(records.Record("", "", line["caption"], 0.0, 0.0, data))
+  records.write_manifest(media, [writer.shard], bucket=parse_bucket("8x32x48"), settings={})
+  made = command(origin, tmp_path / "out", videos=media)
+
+  def by_caption(folder):  # of clips as long as their bucket: no window of theirs is drawn
+    sources = [records.open_records(path) for path in sorted(folder.glob("*/8x32x48"))]
+    rows = [source[number] for source in sources for number in range(len(source))]
+    return {row.caption: row.arrays["mean"].astype(np.float32) for row in rows}
+
+  found, expected = by_caption(made), by_caption(encoded)
+  assert found.keys() == expected.keys() and found
+  for caption, mean in expected.items():  # in other batches, since the split is another
+    np.testing.assert_allclose(found[caption], mean, rtol=1e-3, atol=1e-4)
 
 
 def test_draws_can_be_kept_instead_of_moments(origin, encoded, tmp_path):

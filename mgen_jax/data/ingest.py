@@ -1,9 +1,9 @@
 """From a folder of videos and images to an index: what can be read, and with which caption.
 
 The folder may be plain, with captions in one of several forms (`listing`), hold WebDataset tars
-(`tars`), whose clips are read where they are, or the tables of a Hugging Face data set (`tables`),
-whose clips are unpacked first. Nothing is filtered by quality here (that is curation) and no shape
-is chosen (`buckets`).
+(`tars`) or records of media files (`record_media`), whose clips are read where they are, or the
+tables of a Hugging Face data set (`tables`), whose clips are unpacked first. Nothing is filtered by
+quality here (that is curation) and no shape is chosen (`buckets`).
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from absl import logging
 
-from mgen_jax.data import listing, media, records, tables, tars
+from mgen_jax.data import listing, media, record_media, records, tables, tars
 from mgen_jax.data.files import write_text_atomic
 from mgen_jax.errors import UserError
 
@@ -261,12 +261,15 @@ def _indexed(root: Path) -> Index:
 
 
 def _list(root: Path, caption_key: str | None, unpack_to: Path | None) -> listing.Listing:
-  """Files and clips in tars; where none of them has a caption, clips of tables."""
+  """Files, clips in tars and in records; where none has a caption, clips of tables."""
   listed = listing.folder(root, caption_key)
   archives = tars.find(root)
   for number, path in enumerate(archives, start=1):
     logging.log_every_n(logging.INFO, "listing tar %d of %d, %s", 20, number, len(archives), path)
     listed.add(tars.members(root, path, caption_key))
+  for name in record_media.find(root):
+    logging.info("listing the records in %s", root / name)
+    listed.add(record_media.members(root, name, caption_key))
   if not listed.found and (found := tables.find(root)):
     return tables.clips(root, found, caption_key, unpack_to)
   if not listed.found:

@@ -62,6 +62,11 @@ VIDEO_SUFFIXES = (
 )  # fmt: skip
 _ORIENTATION = 0x0112  # EXIF
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+# How files begin, for bytes without a name.
+_MAGIC = (
+  (b"\x89PNG", ".png"), (b"\xff\xd8\xff", ".jpg"), (b"GIF8", ".gif"), (b"\x1aE\xdf\xa3", ".mkv"),
+  (b"BM", ".bmp"),
+)  # fmt: skip
 
 # Containers that we let FFmpeg open. Playlists (hls, concat) are left out: a file of that kind can
 # make the reader open other files.
@@ -81,6 +86,19 @@ class MediaInfo:
   duration: float
   codec: str
   has_audio: bool
+
+
+def suffix_of(data: bytes, name: str = "") -> str:
+  """What kind of file bytes are: as the name that they had says, or as they begin; else ".mp4"."""
+  said = os.path.splitext(name)[1].lower()
+  if said in VIDEO_SUFFIXES + IMAGE_SUFFIXES:
+    return said
+  for start, suffix in _MAGIC:
+    if data.startswith(start):
+      return suffix
+  if data[:4] == b"RIFF":
+    return ".webp" if data[8:12] == b"WEBP" else ".avi"
+  return ".mp4"
 
 
 class NamedBytes(bytes):

@@ -24,16 +24,10 @@ from mgen_jax.data.listing import Found, Listing
 from mgen_jax.errors import UserError
 
 _SUFFIXES = (".parquet", ".arrow")
-_MEDIA = media.VIDEO_SUFFIXES + media.IMAGE_SUFFIXES
 _COLUMNS = ("video", "mp4", "image", "jpg", "png", "webm", "media", "file", "path", "file_name")
 # Splits that nobody should train on, by the part of a path that names them.
 _OTHER_SPLIT = re.compile(r"(^|/)(test|validation|valid|val|dev)(-|/|\.)")
 _ROWS = 8  # read at a time: with videos of some MB each
-# How files begin, for rows that do not say what they are.
-_MAGIC = (
-  (b"\x89PNG", ".png"), (b"\xff\xd8\xff", ".jpg"), (b"GIF8", ".gif"), (b"\x1aE\xdf\xa3", ".mkv"),
-  (b"BM", ".bmp"),
-)  # fmt: skip
 
 
 def find(root: Path) -> list[str]:
@@ -81,7 +75,7 @@ def clips(root: Path, tables: Sequence[str], caption_key: str | None, out: Path 
       elif caption:
         if out is None:
           raise UserError(f"{root / name} holds clips as bytes; give a folder to unpack them to.")
-        path = f"{name}/{row:09d}{_suffix(source)}"
+        path = f"{name}/{row:09d}{media.suffix_of(source.data, source.path)}"
         _write(out / path, source.data)
         held[path] = Found(caption)
   if held:
@@ -174,19 +168,6 @@ def _add_path(listed: Listing, table: str, file: str, caption: str, where: str) 
     listed.files -= 1
   elif caption:
     listed.found[path] = Found(caption)
-
-
-def _suffix(source: _Bytes) -> str:
-  """What kind of file the bytes are: as the table says, or as they begin."""
-  said = posixpath.splitext(source.path)[1].lower()
-  if said in _MEDIA:
-    return said
-  for start, suffix in _MAGIC:
-    if source.data.startswith(start):
-      return suffix
-  if source.data[:4] == b"RIFF":
-    return ".webp" if source.data[8:12] == b"WEBP" else ".avi"
-  return ".mp4"
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -266,8 +266,8 @@ class Middle(nn.Module):
 
 # The two parts that a pass can be cut into: "levels" stands next to the pixels, and what it makes
 # of a frame depends on a few neighbours only; "middle" stands next to the latents, is small, and
-# attends to all frames.
-Part = Literal["levels", "middle"]
+# attends to all frames. The decoder's last map may also be taken apart: "output", after "features".
+Part = Literal["levels", "middle", "features", "output"]
 
 
 class Encoder(nn.Module):
@@ -327,9 +327,11 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, part: Part | None = None) -> Array:
-    if part != "levels":
+    if part in (None, "middle", "features"):
       x = self._middle(x)
-    return x if part == "middle" else self._levels(x)
+    if part in (None, "levels", "features"):
+      x = self._levels(x)
+    return self._output(x) if part in (None, "levels", "output") else x
 
   def _middle(self, x: Array) -> Array:
     cfg = self.config
@@ -350,7 +352,10 @@ class Decoder(nn.Module):
         x = Conv(cfg, x.shape[-1], spatial=space, name=f"level{level}_up")(x)
       for block in range(cfg.decoder_res_blocks):
         x = _res_block(cfg, features, f"level{level}_block{block}")(x)
-    x = nn.silu(_norm(cfg, "norm_out")(x))
+    return nn.silu(_norm(cfg, "norm_out")(x))
+
+  def _output(self, x: Array) -> Array:
+    cfg = self.config
     if not cfg.has_patch:
       return Conv(cfg, 3, name="conv_out")(x).astype(jnp.float32)
     x = layers.Dense(
@@ -411,6 +416,14 @@ class Autoencoder(nn.Module):
   def decode_levels(self, features: Array) -> Array:
     """The rest: `decode` is `decode_levels` of `decode_middle`."""
     return self.decoder(features, "levels")
+
+  def decode_features(self, latents: Array) -> Array:
+    """All of `decode` but its last linear map: [B, T, H', W', C] -> [B, T', H, W, features]."""
+    return self.decoder(latents, "features")
+
+  def decode_output(self, features: Array, frames: int | None = None) -> Array:
+    """The last map: `decode` is `decode_output` of `decode_features`."""
+    return self.decoder(features, "output")[:, :frames]
 
   def __call__(self, video: Array, noise: Array | None = None) -> tuple[Array, Array, Array]:
     """Reconstruction, mean and log-variance; `noise` (shaped like the mean) samples the latent."""

@@ -159,26 +159,27 @@ class AutoencoderTask:
     self, params: Any, batch: dict[str, jax.Array], keys: jax.Array, step: jax.Array
   ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Both players' losses at a step: each has a gradient for its own parameters only."""
-    loss, metrics, (made, latents) = self._reconstruct(params, batch, keys)
+    loss, metrics, (made, features) = self._reconstruct(params, batch, keys)
     cfg = self.config.discriminator
     if not cfg.weight:
       return {"autoencoder": loss}, metrics
     video = to_float(batch["video"])
-    play = functools.partial(self._adversarial, params, video, made, latents)
+    play = functools.partial(self._adversarial, params, video, made, features)
     rest = lambda: (jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))  # noqa: E731
     player, opponent, weight = jax.lax.cond(step >= cfg.start_step, play, rest)
     metrics = {**metrics, "adversarial_weight": weight}
     return {"autoencoder": loss + player, "discriminator": opponent}, metrics
 
   def _reconstruct(self, params, batch, keys):
-    """Loss and metrics of the autoencoder alone, the video it made, and its latents."""
+    """Loss and metrics of the autoencoder alone, the video it made, and what its last map saw."""
     cfg = self.config
     video = to_float(batch["video"])
     noise = flow_matching.draw_noise(keys, self._latent_shape(Bucket(*video.shape[1:4])))
     model = {"params": {name: params[name] for name in MODEL}}
     mean, logvar = self._model.apply(model, video, method="encode")
     latents = mean + jnp.exp(0.5 * logvar) * noise
-    made = self._model.apply(model, latents, video.shape[1], method="decode")
+    features = self._model.apply(model, latents, method="decode_features")
+    made = self._model.apply(model, features, video.shape[1], method="decode_output")
     l1, l2 = jnp.abs(made - video).mean(), jnp.square(made - video).mean()
     kl = losses.kl(mean, logvar)
     loss = self._rebuild_loss(params, video, made) + cfg.kl_weight * kl
@@ -186,7 +187,7 @@ class AutoencoderTask:
     if cfg.outlier_weight:
       metrics["outlier"] = losses.outlier_penalty(latents, cfg.outlier_r)
       loss += cfg.outlier_weight * metrics["outlier"]
-    return loss, metrics, (made, latents)
+    return loss, metrics, (made, features)
 
   def _rebuild_loss(self, params, video, made):
     """What depends on the pixels made: the part that the adversarial loss is weighed against."""
@@ -201,7 +202,7 @@ class AutoencoderTask:
       distance = perceptual.ms_ssim_distance(made, video)
     return loss + cfg.perceptual_weight * distance.mean()
 
-  def _adversarial(self, params, video, made, latents):
+  def _adversarial(self, params, video, made, features):
     """(the autoencoder's loss, the discriminator's, the weight of the first)."""
     cfg = self.config.discriminator
     apply = lambda params, x: self._discriminator.apply({"params": params}, x)  # noqa: E731
@@ -209,12 +210,12 @@ class AutoencoderTask:
     weight = jnp.asarray(cfg.weight)
     if cfg.adaptive:
       model = jax.lax.stop_gradient({name: params[name] for name in MODEL})
-      latents, path = jax.lax.stop_gradient(latents), _last_kernel(self.config.model)
+      features, path = jax.lax.stop_gradient(features), _last_kernel(self.config.model)
       flat = traverse_util.flatten_dict(model)
 
       def decode(kernel):
         tree = traverse_util.unflatten_dict({**flat, path: kernel})
-        return self._model.apply({"params": tree}, latents, video.shape[1], method="decode")
+        return self._model.apply({"params": tree}, features, video.shape[1], method="decode_output")
 
       weight *= losses.adaptive_weight(
         lambda kernel: self._rebuild_loss(params, video, decode(kernel)),

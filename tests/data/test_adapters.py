@@ -1,4 +1,4 @@
-"""WebDataset tars and Hugging Face folders give the index that a plain folder gives."""
+"""Tars, records and Hugging Face folders give the index that a plain folder gives."""
 
 import csv
 import dataclasses
@@ -10,7 +10,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from mgen_jax.data import ingest, media
+from mgen_jax.data import ingest, media, records
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.data.pipeline import make_ordered_stream
 from mgen_jax.data.sources import media_sources
@@ -278,3 +278,69 @@ def test_a_damaged_table_and_one_for_tests_only_are_refused(tmp_path):
   (tmp_path / "a.parquet").write_bytes(b"PAR1 is not enough")
   with pytest.raises(UserError, match=r"a\.parquet cannot be read as a table"):
     ingest.scan(tmp_path, unpack_to=tmp_path / "out")
+
+
+def write_records(folder, *shards, **arrays):
+  """Shards of name -> (caption, bytes), then one record of other arrays, and their manifest."""
+  made = []
+  for number, files in enumerate(shards):
+    with records.RecordWriter(folder / records.shard_name(number, len(shards))) as writer:
+      for name, (caption, data) in files.items():
+        held = {records.MEDIA: np.frombuffer(data, np.uint8)}
+        info = {"file": name, "camera": "pan  left", "blurb": f"a {caption}"}
+        writer.write(records.Record(name, BUCKET.name, caption, 0.0, 0.0, held, info))
+      for name, array in arrays.items():
+        writer.write(records.Record(name, BUCKET.name, "", 0.0, 0.0, {name: array}))
+    made.append(writer.shard)
+  records.write_manifest(folder, made, bucket=BUCKET, settings={})
+
+
+@pytest.mark.parametrize("where", ["a/b", "."])
+def test_records_of_media_are_read_in_place(plain, tmp_path, where):
+  files = contents(plain)
+  captions = {
+    "000.mp4": "clip  0",
+    "001.mp4": "clip 1",
+    "002.mp4": "clip 2",
+    "003.jpg": "a picture",
+  }
+  held = {name: (caption, files[name]) for name, caption in captions.items()}
+  nameless = {"": held.pop("002.mp4")}  # what it is shows from its bytes
+  write_records(tmp_path / where, held, nameless)
+  before = sorted(tmp_path.rglob("*"))
+  index = ingest.scan(tmp_path, held_out=0.0)
+  assert_same_clips(index, plain)
+  assert sorted(tmp_path.rglob("*")) == before
+  assert {clip.camera for clip in index.clips} == {"pan left"}
+  assert ingest.scan(tmp_path, held_out=0.0, caption_key="blurb").clips[0].caption == "a clip 0"
+  with pytest.raises(UserError, match=r"'text' for the caption: .* blurb"):
+    ingest.scan(tmp_path, caption_key="text")
+  index.save(tmp_path)  # the folder's own: it is taken as that says
+  assert [clip.id for clip in ingest.scan(tmp_path).clips] == [clip.id for clip in index.clips]
+
+
+def test_records_that_cannot_be_used_are_named_and_the_rest_is_read(plain, tmp_path):
+  data = contents(plain)["000.mp4"]
+  write_records(tmp_path / "good", {"0.mp4": ("a clip", data), "1.mp4": ("", data)})
+  write_records(tmp_path / "cut", {"1.mp4": ("another", data)})
+  cut = tmp_path / "cut" / records.shard_name(0, 1)
+  cut.write_bytes(cut.read_bytes()[:-100])
+  write_records(tmp_path / "lost", {"1.mp4": ("another", data)}, {"2.mp4": ("another", data)})
+  (tmp_path / "lost" / records.shard_name(1, 2)).unlink()
+  write_records(tmp_path / "open", {"1.mp4": ("another", data)})
+  (tmp_path / "open" / records.MANIFEST_NAME).unlink()
+  write_records(tmp_path / "latents", {}, mean=np.zeros(3, np.float16))
+  index = ingest.scan(tmp_path, held_out=0.0)
+  assert [clip.caption for clip in index.clips] == ["a clip"]
+  assert index.summary["files"] == 6 and index.summary["without_caption"] == 1
+  reasons = {entry["file"]: entry["reason"] for entry in index.summary["bad_files"]}
+  words = {"cut": "truncated", "lost": "is missing", "open": "has no manifest", "latents": 'no "m'}
+  assert all(word in reasons[name] for name, word in words.items())
+  with pytest.raises(UserError, match="holds mean and no"):
+    ingest.scan(tmp_path / "latents")
+  (clip,) = index.clips
+  shard = tmp_path / "good" / records.shard_name(0, 1)
+  with shard.open("r+b") as file:
+    file.write(b"\0" * 2000)  # after it was opened
+  with pytest.raises(media.MediaError, match="cannot be read from its shard"):
+    clip.open(tmp_path)

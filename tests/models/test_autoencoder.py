@@ -100,6 +100,22 @@ def test_latent_is_sampled_only_with_noise():
   assert jnp.abs(one - zero).max() > 0.01
 
 
+@pytest.mark.parametrize("config", [SMALL, PATCHED], ids=["convolutions", "patches"])
+def test_the_last_map_of_the_decoder_can_be_taken_apart(config):
+  model, params = _init(config)
+  latents = jax.random.normal(jax.random.key(2), (1, 2, 2, 3, 16))
+
+  @jax.jit
+  def both(params):
+    run = functools.partial(model.apply, {"params": params})
+    features = run(latents, method="decode_features")
+    return run(latents, 13, method="decode"), run(features, 13, method="decode_output")
+
+  whole, parts = both(params)
+  assert whole.shape[1] == 13
+  np.testing.assert_allclose(whole, parts, rtol=1e-5, atol=1e-6)
+
+
 def test_convolution_methods_agree():
   matmul = dataclasses.replace(PATCHED, conv_method="matmul")
   model, params = _init(PATCHED)

@@ -103,3 +103,16 @@ def test_time_embedding_tells_times_apart():
   assert (distances + 10.0 * jnp.eye(4)).min() > 0.1
   np.testing.assert_allclose(e[0, :128], 1.0)
   np.testing.assert_allclose(e[0, 128:], 0.0)
+
+
+@pytest.mark.parametrize("method", ["direct", "matmul"])
+def test_a_volume_convolution_is_the_3d_one(method):
+  """On a video padded by repeating in time and by zeros in space; with strides."""
+  model = layers.VolumeConv(5, (3, 4, 4), (2, 2, 2), (1, 1), method=method)
+  video = jax.random.normal(jax.random.key(0), (2, 5, 8, 6, 3))
+  params = nn.unbox(model.init(jax.random.key(1), video))["params"]
+  padded = jnp.pad(layers.replicate_pad(video, 1, 1, 1), ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
+  expected = jax.lax.conv_general_dilated(
+    padded, params["kernel"], (2, 2, 2), "VALID", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+  )
+  np.testing.assert_allclose(model.apply({"params": params}, video), expected, rtol=1e-4, atol=1e-5)
