@@ -404,7 +404,7 @@ def to_latte(params: Tree, config: LatteConfig, rows: int = 0, frames: int = 16)
   rows = rows or 32 // config.patch
   return {
     "pos_embed": latte.patch_positions(config, rows, rows)[None],
-    "temp_embed": latte.sincos(config.width, tuple(range(frames)))[None],
+    "temp_embed": latte.frame_positions(config, frames)[None],
     **_take_apart(params, _released_rules(config)),
   }
 
@@ -417,6 +417,11 @@ def to_text_latte(params: Tree, config: LatteConfig) -> dict[str, np.ndarray]:
   """
   _check_variant(config)
   _need(config, "adaln_single", "the released text-to-video model")
+  if config.time_scale != 1:
+    raise WeightsError(
+      f"time_scale={config.time_scale:g} cannot be exported: diffusers computes the positions of "
+      "frames itself, without a scale."
+    )
   return _take_apart(params, _text_rules(config))
 
 

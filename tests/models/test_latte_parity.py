@@ -123,6 +123,15 @@ def test_weights_go_out_as_they_came_in():
     np.testing.assert_array_equal(again[name], array, err_msg=name)
 
 
+def test_positions_with_a_scale_go_out_in_the_table_or_not_at_all():
+  config = dataclasses.replace(TINY, time_scale=0.25)
+  table = weights.to_latte(_twin(config, 6)[1], config, rows=4, frames=6)["temp_embed"][0]
+  np.testing.assert_array_equal(table[1], latte.sincos(config.width, (0, 4))[1])
+  single = dataclasses.replace(config, conditioning="adaln_single", context_widths=(20,))
+  with pytest.raises(weights.WeightsError, match=r"time_scale=0\.25 cannot be exported"):
+    weights.to_text_latte({}, single)
+
+
 @pytest.fixture(scope="module")
 def text_twin():
   """diffusers' text-to-video model, its parameters redrawn, and ours."""
