@@ -32,6 +32,7 @@ from benchmarks import common
 from mgen_jax import coding
 from mgen_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from mgen_jax.models.tiling import TilingConfig
+from mgen_jax.parallel import cpu
 from mgen_jax.parallel import mesh as mesh_lib
 
 OURS = AutoencoderConfig(channels=32, res_blocks=1, decoder_res_blocks=2, groups=8)
@@ -59,7 +60,7 @@ def main() -> None:
   parser.add_argument("--side", type=int, default=64, help="Pixels of the clip's sides.")
   parser.add_argument("--child", help="What the benchmark starts itself as.")
   flags = parser.parse_args()
-  common.tune()
+  cpu.keep_memory()  # as `main` does
   if flags.child:
     print(json.dumps(child(flags.child, flags.frames, flags.side)))
   elif flags.part == "clip":

@@ -19,18 +19,7 @@ import jax
 import rich.console
 import rich.table
 
-from mgen_jax.parallel import cpu
-
 Row = dict[str, Any]
-
-
-def tune() -> None:
-  """Sets up this process as every command of mgen_jax does its own, before JAX looks for devices.
-
-  PyTorch, which has its memory from the same allocator, then keeps it as well.
-  """
-  cpu.tune()
-  cpu.keep_memory()
 
 
 def parser(doc: str, rounds: int = 10) -> argparse.ArgumentParser:

@@ -32,6 +32,7 @@ from benchmarks import common
 from mgen_jax import compilation_cache, tasks
 from mgen_jax import config as config_lib
 from mgen_jax.data.buckets import Bucket
+from mgen_jax.parallel import cpu
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.training import inputs, loop
 from mgen_jax.training import state as state_lib
@@ -205,7 +206,7 @@ def main(argv: list[str] | None = None) -> common.Row:
   add("--steps", type=int, default=40, help="Of each way in a round (40).")
   add("--log_every", type=int, default=10, help="Steps (10; the default of a stage is 50).")
   args = parser.parse_args(argv)
-  common.tune()
+  cpu.keep_memory()  # as `main` does
   with tempfile.TemporaryDirectory(prefix="mgen_jax-cache-") as folder:
     compilation_cache.enable(folder)  # each start of the loop compiles what the first one did
     stage = open_stage(args.config, args.stage, args.workdir)

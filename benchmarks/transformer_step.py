@@ -39,6 +39,7 @@ from benchmarks import common
 from mgen_jax.config import OptimizerConfig
 from mgen_jax.models import backbone
 from mgen_jax.models.backbone import Backbone, BackboneConfig
+from mgen_jax.parallel import cpu
 from mgen_jax.training.optimizer import make_optimizer
 
 OPTIMIZER = OptimizerConfig(lr=1e-4, weight_decay=0.1, clip_norm=1.0)
@@ -270,7 +271,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> common.Row:
   """Runs the sweep that the flags ask for."""
   args = parse(argv)
-  common.tune()
+  cpu.keep_memory()  # as `main` does
   config = model_for(args)
   params = make_params(config)
   rows = []

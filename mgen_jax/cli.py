@@ -17,7 +17,6 @@ import jax
 from absl import app, flags, logging
 
 from mgen_jax.errors import ConfigError, UserError, nearest
-from mgen_jax.parallel import cpu
 from mgen_jax.training.interrupt import Interrupted, lost_process
 
 LOST_PROCESS = 75  # what sysexits.h calls a temporary failure
@@ -30,7 +29,6 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
   def guarded(argv: Sequence[str]) -> int:
     _set_up_logging()
-    cpu.tune()
     # Else JAX's own handler swallows SIGTERM in a run of several processes (`StopSignal` is ours).
     jax.config.update("jax_enable_preemption_service", False)
     try:

@@ -44,7 +44,7 @@ MAY_IMPORT = {
   "coding": BELOW_TASKS | {"tasks"},
   "planning": BELOW_TRAINING | {"training"},  # compiles what training would run
   "evaluation": {"errors", "schema", "data", "models", "diffusion"},
-  "cli": {"errors", "schema", "parallel", "training"},
+  "cli": {"errors", "schema", "training"},
   "compilation_cache": {"errors"},
   "distributed": {"errors"},
   **dict.fromkeys(COMMANDS, LIBRARY | COMMANDS),

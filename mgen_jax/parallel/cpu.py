@@ -2,19 +2,15 @@
 
 - Memory is kept. XLA asks for the memory of a program anew at every call, and the allocator of
   glibc gives large pieces back to the system at once: each step then waits for hundreds of
-  thousands of pages of zeros (a tenth to a third of a step of the toys).
-- oneDNN, which is in jaxlib, makes the matrix products. What makes them by default, YNNPACK, is as
-  fast on one core and half as fast on four.
-
-`tune` and `keep_memory` are for commands, which own their process (the first before JAX has looked
-for devices); libraries give `compiler_options` to `jax.jit`.
+  thousands of pages of zeros.
+- oneDNN, which is in jaxlib, makes the matrix products of encoders, which are large. What makes
+  them by default, YNNPACK, uses several cores worse; for the small ones of a toy's training step
+  it is the better, since it does what comes after them as well.
 """
 
 import ctypes
-import os
 import platform
 import sys
-from collections.abc import MutableMapping
 
 import jax
 
@@ -26,37 +22,19 @@ ONEDNN: dict[str, str | bool] = {
   "xla_cpu_experimental_onednn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
 }
 
-# Newer versions of JAX are left as they are: XLA ends a process that sets a flag it does not know.
-_KNOWN_VERSIONS = ((0, 10), (0, 11), (0, 12))
-
-_SEVERAL_DEVICES = "--xla_force_host_platform_device_count"
+_TRIED = ((0, 10), (0, 11), (0, 12))  # versions of JAX: a newer one may not know the options
 
 # The parameters of mallopt(3), with what keeps all that is freed: nothing is trimmed, nothing is
 # mapped apart, and all threads share one heap (a thread's own one is bounded, and maps the rest).
 _KEEP = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}
 
 
-def tune(environment: MutableMapping[str, str] | None = None) -> None:
-  """Sets up this process for programs on its CPU; does nothing for other devices.
-
-  Args:
-    environment: where flags of XLA are read and set, the process's own by default. What is there
-      already wins.
-  """
-  environment = os.environ if environment is None else environment
-  flags = environment.get("XLA_FLAGS", "")
-  if not _has_onednn() or _SEVERAL_DEVICES in flags:
-    return
-  text = {True: "true", False: "false"}
-  ours = (f"--{name}={text.get(value, value)}" for name, value in ONEDNN.items())
-  environment["XLA_FLAGS"] = " ".join([*ours, *flags.split()])
-
-
 def keep_memory() -> None:
   """Has this process keep what it frees, for the next step, if it computes on its CPU.
 
-  Only glibc's allocator can be told. Not on hosts of accelerators: there the memory of programs is
-  elsewhere, and the threads that read data are better off with heaps of their own.
+  For commands, which own their process; only glibc's allocator can be told. Not on hosts of
+  accelerators: there the memory of programs is elsewhere, and the threads that read data are
+  better off with heaps of their own.
   """
   if jax.default_backend() != "cpu" or platform.libc_ver()[0] != "glibc":
     return
@@ -66,11 +44,11 @@ def keep_memory() -> None:
 
 
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str | bool]:
-  """For `jax.jit`: oneDNN's products, where the only device is an x86-64 CPU."""
+  """For `jax.jit` of large products: oneDNN's, where the only device is an x86-64 CPU."""
   only = jax.local_device_count() == mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
   return dict(ONEDNN) if only and _has_onednn() else {}
 
 
 def _has_onednn() -> bool:
-  known = jax.__version_info__[:2] in _KNOWN_VERSIONS
+  known = jax.__version_info__[:2] in _TRIED
   return known and sys.platform == "linux" and platform.machine() == "x86_64"
