@@ -114,7 +114,12 @@ def make(name: str, frames: int, side: int) -> tuple[Callable[[], Any], int]:
   video = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
   if name == "mgen_jax":
     params = init(OURS, side)
-    program = jax.jit(lambda params, video: Autoencoder(OURS).apply({"params": params}, video)[0])
+    program = jax.jit(
+      lambda params, video: Autoencoder(OURS).apply({"params": params}, video)[0],
+      compiler_options=cpu.compiler_options(  # as `coding.Coder` does
+        mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1]), convolutions=True
+      ),
+    )
     step = lambda: jax.block_until_ready(program(params, video))  # noqa: E731
     return step, sum(x.size for x in jax.tree.leaves(params))
   import torch

@@ -19,8 +19,8 @@ from mgen_jax.errors import UserError
 from mgen_jax.models import tiling
 from mgen_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from mgen_jax.models.tiling import TilingConfig
+from mgen_jax.parallel import cpu, rules
 from mgen_jax.parallel import mesh as mesh_lib
-from mgen_jax.parallel import rules
 from mgen_jax.tasks.autoencoder import MODEL
 
 Chunks = Iterable[np.ndarray]
@@ -256,7 +256,8 @@ class Coder:
           x = x.astype(np.float32) / 127.5 - 1.0
         return self._module.apply(params, x, method=method)
 
-      self._programs[method] = jax.jit(program)
+      options = cpu.compiler_options(self._mesh, convolutions=True)
+      self._programs[method] = jax.jit(program, compiler_options=options)
     return self._programs[method]
 
   def _check_frames(self, frames: np.ndarray) -> np.ndarray:

@@ -42,8 +42,8 @@ from mgen_jax.data import sources as sources_lib
 from mgen_jax.data.buckets import Bucket, parse_bucket
 from mgen_jax.encoders import Prompt, StackConfig, TextStack, sizes
 from mgen_jax.errors import UserError, suggest
+from mgen_jax.parallel import cpu, rules
 from mgen_jax.parallel import mesh as mesh_lib
-from mgen_jax.parallel import rules
 from mgen_jax.tasks.autoencoder import MODEL
 from mgen_jax.training import runner
 from mgen_jax.training.inputs import STATISTICS_NAME, check_autoencoder
@@ -131,7 +131,7 @@ def _make_encoder(work: Workdir, stage: config_lib.EncodeStage) -> tuple[Encoder
   mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.local_devices())
   with mesh_lib.use(mesh):
     task, params, _ = runner.load_trained(work, stage.autoencoder, mesh)
-  compiled = jax.jit(task.encode)
+  compiled = jax.jit(task.encode, compiler_options=cpu.compiler_options(mesh, convolutions=True))
   devices = mesh_lib.batch_shards(mesh)
 
   def encode(video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

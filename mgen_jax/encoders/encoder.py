@@ -116,7 +116,7 @@ class Encoder:
     self._batcher: tokenizers.Batcher | None = None
     whole = dataclasses.replace(config, scan_unroll=config.layers) if self._split else config
     chosen = cpu.compiler_options(mesh) if compiler_options is None else compiler_options
-    self._options = dict(chosen) or None
+    self._options = dict(chosen) if chosen else None
     self._program = jax.jit(
       lambda params, tokens, mask: apply(family, whole, self._joined(params), tokens, mask),
       compiler_options=self._options,

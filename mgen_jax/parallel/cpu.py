@@ -14,10 +14,15 @@ import sys
 
 import jax
 
-# Options of XLA. Each product is a call of its own: where XLA fuses more into it, jaxlib 0.10.2
-# ends the process. Reductions stay with YNNPACK. No such program can be kept in a cache.
-ONEDNN: dict[str, str | bool] = {
+# Options of XLA. Without YNNPACK's convolutions an autoencoder is four times as fast on four cores:
+# they use one. Reductions stay with it.
+CONVOLUTIONS: dict[str, str | bool] = {
   "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+}
+# Each product is a call of its own: where XLA fuses more into it, jaxlib 0.10.2
+# ends the process. No such program can be kept in a cache.
+ONEDNN: dict[str, str | bool] = {
+  **CONVOLUTIONS,
   "xla_cpu_use_onednn": True,
   "xla_cpu_experimental_onednn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
 }
@@ -43,10 +48,14 @@ def keep_memory() -> None:
     libc.mallopt(parameter, value)
 
 
-def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str | bool]:
-  """For `jax.jit` of large products: oneDNN's, where the only device is an x86-64 CPU."""
+def compiler_options(
+  mesh: jax.sharding.Mesh, *, convolutions: bool = False
+) -> dict[str, str | bool] | None:
+  """For `jax.jit` of large products, or of convolutions, where an x86-64 CPU is the only device."""
   only = jax.local_device_count() == mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-  return dict(ONEDNN) if only and _has_onednn() else {}
+  if not only or not _has_onednn():
+    return None
+  return dict(CONVOLUTIONS if convolutions else ONEDNN)
 
 
 def _has_onednn() -> bool:
