@@ -53,11 +53,11 @@ def compiler_options(
 ) -> dict[str, str | bool] | None:
   """For `jax.jit` of large products, or of convolutions, where an x86-64 CPU is the only device."""
   only = jax.local_device_count() == mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-  if not only or not _has_onednn():
+  if not only or not _is_tried():
     return None
   return dict(CONVOLUTIONS if convolutions else ONEDNN)
 
 
-def _has_onednn() -> bool:
+def _is_tried() -> bool:
   known = jax.__version_info__[:2] in _TRIED
   return known and sys.platform == "linux" and platform.machine() == "x86_64"
