@@ -9,6 +9,8 @@
 """
 
 import ctypes
+import importlib.metadata
+import importlib.util
 import platform
 import sys
 
@@ -37,15 +39,26 @@ _KEEP = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8
 def keep_memory() -> None:
   """Has this process keep what it frees, for the next step, if it computes on its CPU.
 
-  For commands, which own their process; only glibc's allocator can be told. Not on hosts of
+  For commands, which own their process, before JAX has started its backend: the heap of a thread
+  that already runs is bounded for good. Only glibc's allocator can be told. Not on hosts of
   accelerators: there the memory of programs is elsewhere, and the threads that read data are
   better off with heaps of their own.
   """
-  if jax.default_backend() != "cpu" or platform.libc_ver()[0] != "glibc":
+  if platform.libc_ver()[0] != "glibc" or not _computes_here():
     return
   libc = ctypes.CDLL(None)
   for parameter, value in _KEEP.values():
     libc.mallopt(parameter, value)
+
+
+def _computes_here() -> bool:
+  """Whether JAX will compute on the CPU; starts its backend only where that cannot be told."""
+  if asked := jax.config.jax_platforms:
+    return asked.split(",")[0] == "cpu"
+  plugins = importlib.metadata.entry_points(group="jax_plugins")
+  if not plugins and importlib.util.find_spec("libtpu") is None:
+    return True
+  return jax.default_backend() == "cpu"
 
 
 def compiler_options(

@@ -57,7 +57,7 @@ cpu.keep_memory()
 program = jax.jit(lambda x: jnp.tanh(jnp.outer(x, x) @ jnp.outer(x, x + 1)).sum())
 x = np.ones(2048, np.float32)
 faults = []
-for _ in range(6):
+for _ in range(10):
   program(x).block_until_ready()
   faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 print(faults[-1] - faults[-4])
