@@ -3,18 +3,25 @@
 - Memory is kept. XLA asks for the memory of a program anew at every call, and the allocator of
   glibc gives large pieces back to the system at once: each step then waits for hundreds of
   thousands of pages of zeros.
-- oneDNN, which is in jaxlib, makes the matrix products of encoders, which are large. What makes
-  them by default, YNNPACK, uses several cores worse; for the small ones of a toy's training step
-  it is the better, since it does what comes after them as well.
+- oneDNN, which is in jaxlib, makes the matrix products of encoders, which are large, and of those
+  training steps whose products are (`chosen_for`). What makes them by default, YNNPACK, uses
+  several cores worse; for the small ones of a toy's training step it is the better, since it does
+  what comes after them as well.
+
+The choice follows from the program alone, never from a measurement: a run that is resumed
+computes the same.
 """
 
 import ctypes
 import importlib.metadata
 import importlib.util
+import math
 import platform
 import sys
 
 import jax
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo
 
 # Options of XLA. Without YNNPACK's convolutions an autoencoder is four times as fast on four cores:
 # they use one. Reductions stay with it.
@@ -22,12 +29,16 @@ CONVOLUTIONS: dict[str, str | bool] = {
   "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
 }
 # Each product is a call of its own: where XLA fuses more into it, jaxlib 0.10.2
-# ends the process. No such program can be kept in a cache.
+# ends the process. No such program can be kept in a cache: JAX warns of it, and compiles it anew.
 ONEDNN: dict[str, str | bool] = {
   **CONVOLUTIONS,
   "xla_cpu_use_onednn": True,
   "xla_cpu_experimental_onednn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
 }
+
+# FLOPs of a product from which on oneDNN is the faster in a training step. Those of Latte S/2 have
+# 1.2 billion and more, those of a toy's 50 to 200 million.
+LARGE = 1 << 29
 
 _TRIED = ((0, 10), (0, 11), (0, 12))  # versions of JAX: a newer one may not know the options
 
@@ -69,6 +80,47 @@ def compiler_options(
   if not only or not _is_tried():
     return None
   return dict(CONVOLUTIONS if convolutions else ONEDNN)
+
+
+def chosen_for(
+  lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh
+) -> dict[str, str | bool] | None:
+  """For `lowered.compile`, by what the program has; None: XLA's own, as where it is no such CPU.
+
+  oneDNN's products where large ones do most of the work of all products; else, where it has
+  convolutions, these without YNNPACK.
+  """
+  if compiler_options(mesh) is None:
+    return None
+  products, convolutions = work(lowered)
+  large = sum(size * count for size, count in products if size >= LARGE)
+  if 2 * large > sum(size * count for size, count in products):
+    return compiler_options(mesh)
+  return compiler_options(mesh, convolutions=True) if convolutions else None
+
+
+def work(lowered: jax.stages.Lowered) -> tuple[list[tuple[int, int]], int]:
+  """What a program multiplies, as it is written: the body of a loop counts once.
+
+  Returns:
+    FLOPs of each matrix product and how many of it are a batch; the number of convolutions.
+  """
+  products, convolutions = [], 0
+
+  def visit(operation: ir.Operation) -> ir.WalkResult:
+    nonlocal convolutions
+    if operation.name == "stablehlo.convolution":
+      convolutions += 1
+    elif operation.name == "stablehlo.dot_general":
+      left, out = operation.operands[0].type.shape, operation.results[0].type.shape
+      axes = stablehlo.DotDimensionNumbers(operation.attributes["dot_dimension_numbers"])
+      summed = math.prod(left[axis] for axis in axes.lhs_contracting_dimensions)
+      batch = math.prod(left[axis] for axis in axes.lhs_batching_dimensions)
+      products.append((2 * summed * math.prod(out) // max(1, batch), batch))
+    return ir.WalkResult.ADVANCE
+
+  lowered.compiler_ir().operation.walk(visit)
+  return products, convolutions
 
 
 def _is_tried() -> bool:
