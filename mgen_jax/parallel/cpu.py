@@ -18,6 +18,7 @@ import importlib.util
 import math
 import platform
 import sys
+from typing import NamedTuple
 
 import jax
 from jax.extend.mlir import ir
@@ -36,9 +37,14 @@ ONEDNN: dict[str, str | bool] = {
   "xla_cpu_experimental_onednn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
 }
 
-# FLOPs of a product from which on oneDNN is the faster in a training step. Those of Latte S/2 have
-# 1.2 billion and more, those of a toy's 50 to 200 million.
-LARGE = 1 << 29
+# A product from which on oneDNN is the faster in a training step: FLOPs, and the least of its three
+# sizes (the autoencoder of the quickstart, with up to 600 million FLOPs and 128 columns, is slower).
+LARGE = 1 << 27
+LEAST = 192
+# Of the FLOPs of all products, how many are in large ones where it pays. In a step of the toy
+# backbone with 4 x 256 tokens, 0.43, it does; in those of the quickstart's text-to-video stage, up
+# to 0.37, it does not.
+SHARE = 0.4
 
 _TRIED = ((0, 10), (0, 11), (0, 12))  # versions of JAX: a newer one may not know the options
 
@@ -87,23 +93,41 @@ def chosen_for(
 ) -> dict[str, str | bool] | None:
   """For `lowered.compile`, by what the program has; None: XLA's own, as where it is no such CPU.
 
-  oneDNN's products where large ones do most of the work of all products; else, where it has
-  convolutions, these without YNNPACK.
+  oneDNN's products where large ones do much of the work; else, where it has convolutions, these
+  without YNNPACK.
   """
   if compiler_options(mesh) is None:
     return None
   products, convolutions = work(lowered)
-  large = sum(size * count for size, count in products if size >= LARGE)
-  if 2 * large > sum(size * count for size, count in products):
+  large = sum(one.flops for one in products if one.is_large())
+  if large > SHARE * sum(one.flops for one in products):
     return compiler_options(mesh)
   return compiler_options(mesh, convolutions=True) if convolutions else None
 
 
-def work(lowered: jax.stages.Lowered) -> tuple[list[tuple[int, int]], int]:
-  """What a program multiplies, as it is written: the body of a loop counts once.
+class Product(NamedTuple):
+  """A batch of matrix products: [batch, rows, summed] times [batch, summed, columns]."""
 
-  Returns:
-    FLOPs of each matrix product and how many of it are a batch; the number of convolutions.
+  batch: int
+  rows: int
+  summed: int
+  columns: int
+
+  @property
+  def flops(self) -> int:
+    """Of the whole batch."""
+    return 2 * math.prod(self)
+
+  def is_large(self) -> bool:
+    """Whether oneDNN is the better for each of them."""
+    sizes = self[1:]
+    return 2 * math.prod(sizes) >= LARGE and min(sizes) >= LEAST
+
+
+def work(lowered: jax.stages.Lowered) -> tuple[list[Product], int]:
+  """The matrix products of a program as it is written, and how many convolutions it has.
+
+  The body of a loop counts once, and so does a function however often it is called.
   """
   products, convolutions = [], 0
 
@@ -112,11 +136,13 @@ def work(lowered: jax.stages.Lowered) -> tuple[list[tuple[int, int]], int]:
     if operation.name == "stablehlo.convolution":
       convolutions += 1
     elif operation.name == "stablehlo.dot_general":
-      left, out = operation.operands[0].type.shape, operation.results[0].type.shape
+      left, right = (operand.type.shape for operand in operation.operands)
       axes = stablehlo.DotDimensionNumbers(operation.attributes["dot_dimension_numbers"])
-      summed = math.prod(left[axis] for axis in axes.lhs_contracting_dimensions)
       batch = math.prod(left[axis] for axis in axes.lhs_batching_dimensions)
-      products.append((2 * summed * math.prod(out) // max(1, batch), batch))
+      summed = math.prod(left[axis] for axis in axes.lhs_contracting_dimensions)
+      shared = max(1, batch * summed)  # arrays may be empty
+      rows, columns = math.prod(left) // shared, math.prod(right) // shared
+      products.append(Product(batch, rows, summed, columns))
     return ir.WalkResult.ADVANCE
 
   lowered.compiler_ir().operation.walk(visit)
