@@ -37,8 +37,8 @@ ONEDNN: dict[str, str | bool] = {
   "xla_cpu_experimental_onednn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
 }
 
-# A product from which on oneDNN is the faster in a training step: FLOPs, and the least of its three
-# sizes (the autoencoder of the quickstart, with up to 600 million FLOPs and 128 columns, is slower).
+# A product from which on oneDNN is the faster in a training step: FLOPs, and the least of its
+# three sizes (the quickstart's autoencoder has up to 600 million FLOPs at 128 columns: slower).
 LARGE = 1 << 27
 LEAST = 192
 # Of the FLOPs of all products, how many are in large ones where it pays. In a step of the toy
