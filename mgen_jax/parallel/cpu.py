@@ -43,7 +43,7 @@ LARGE = 1 << 27
 LEAST = 192
 # Of the FLOPs of all products, how many are in large ones where it pays. In a step of the toy
 # backbone with 4 x 256 tokens, 0.43, it does; in those of the quickstart's text-to-video stage, up
-# to 0.37, it does not.
+# to 0.37, it does not: the same on two cores, slower on four.
 SHARE = 0.4
 
 _TRIED = ((0, 10), (0, 11), (0, 12))  # versions of JAX: a newer one may not know the options

@@ -199,7 +199,6 @@ def compile_side_by_side(
   lowered: Mapping[Any, jax.stages.Lowered], mesh: jax.sharding.Mesh
 ) -> dict[Any, Any]:
   """Compiles several programs of a mesh at once, a thread each."""
-  # The programs are read in this thread: JAX's tracing context is its own.
   options = [cpu.chosen_for(program, mesh) for program in lowered.values()]
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     programs = pool.map(
