@@ -21,8 +21,6 @@ import sys
 from typing import NamedTuple
 
 import jax
-from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import stablehlo
 
 # Options of XLA. Without YNNPACK's convolutions an autoencoder is four times as fast on four cores:
 # they use one. Reductions stay with it.
@@ -129,6 +127,10 @@ def work(lowered: jax.stages.Lowered) -> tuple[list[Product], int]:
 
   The body of a loop counts once, and so does a function however often it is called.
   """
+  # Not above: these start threads, which `keep_memory` has to come before.
+  from jax.extend.mlir import ir
+  from jax.extend.mlir.dialects import stablehlo
+
   products, convolutions = [], 0
 
   def visit(operation: ir.Operation) -> ir.WalkResult:
