@@ -127,7 +127,7 @@ def work(lowered: jax.stages.Lowered) -> tuple[list[Product], int]:
 
   The body of a loop counts once, and so does a function however often it is called.
   """
-  # Not above: these start threads, which `keep_memory` has to come before.
+  # Not above, where `keep_memory` would come after what these load: less memory was kept.
   from jax.extend.mlir import ir
   from jax.extend.mlir.dialects import stablehlo
 
