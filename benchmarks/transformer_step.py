@@ -40,6 +40,7 @@ from mgen_jax.config import OptimizerConfig
 from mgen_jax.models import backbone
 from mgen_jax.models.backbone import Backbone, BackboneConfig
 from mgen_jax.parallel import cpu
+from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.training.optimizer import make_optimizer
 
 OPTIMIZER = OptimizerConfig(lr=1e-4, weight_decay=0.1, clip_norm=1.0)
@@ -135,6 +136,9 @@ def jax_program(config: BackboneConfig, params: Any, inputs: Inputs) -> tuple[An
 def jax_step(config: BackboneConfig, params: Any, inputs: Inputs) -> Callable[[], float]:
   """A function that does one step and returns the loss once the parameters are there."""
   step, (*state, batch) = jax_program(config, params, inputs)
+  lowered = step.lower(*state, batch)
+  options = cpu.chosen_for(lowered, mesh_lib.make_mesh(mesh_lib.MeshConfig()))
+  step = lowered.compile(compiler_options=options)  # as a training step is
 
   def run() -> float:
     *state[:], value = step(*state, batch)

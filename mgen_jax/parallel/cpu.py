@@ -3,16 +3,22 @@
 - Memory is kept. XLA asks for the memory of a program anew at every call, and the allocator of
   glibc gives large pieces back to the system at once: each step then waits for hundreds of
   thousands of pages of zeros.
-- oneDNN, which is in jaxlib, makes the matrix products of encoders, which are large. What makes
-  them by default, YNNPACK, uses several cores worse; for the small ones of a toy's training step
-  it is the better, since it does what comes after them as well.
+- oneDNN, which is in jaxlib, makes the matrix products of encoders, which are large, and of those
+  training steps whose products are (`chosen_for`). What makes them by default, YNNPACK, uses
+  several cores worse; for the small ones of a toy's training step it is the better, since it does
+  what comes after them as well.
+
+The choice follows from the program alone, never from a measurement: a run that is resumed
+computes the same.
 """
 
 import ctypes
 import importlib.metadata
 import importlib.util
+import math
 import platform
 import sys
+from typing import NamedTuple
 
 import jax
 
@@ -22,12 +28,21 @@ CONVOLUTIONS: dict[str, str | bool] = {
   "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
 }
 # Each product is a call of its own: where XLA fuses more into it, jaxlib 0.10.2
-# ends the process. No such program can be kept in a cache.
+# ends the process. No such program can be kept in a cache: JAX warns of it, and compiles it anew.
 ONEDNN: dict[str, str | bool] = {
   **CONVOLUTIONS,
   "xla_cpu_use_onednn": True,
   "xla_cpu_experimental_onednn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
 }
+
+# A product from which on oneDNN is the faster in a training step: FLOPs, and the least of its
+# three sizes (the quickstart's autoencoder has up to 600 million FLOPs at 128 columns: slower).
+LARGE = 1 << 27
+LEAST = 192
+# Of the FLOPs of all products, how many are in large ones where it pays. In a step of the toy
+# backbone with 4 x 256 tokens, 0.43, it does; in those of the quickstart's text-to-video stage, up
+# to 0.37, it does not: the same on two cores, slower on four.
+SHARE = 0.4
 
 _TRIED = ((0, 10), (0, 11), (0, 12))  # versions of JAX: a newer one may not know the options
 
@@ -69,6 +84,71 @@ def compiler_options(
   if not only or not _is_tried():
     return None
   return dict(CONVOLUTIONS if convolutions else ONEDNN)
+
+
+def chosen_for(
+  lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh
+) -> dict[str, str | bool] | None:
+  """For `lowered.compile`, by what the program has; None: XLA's own, as where it is no such CPU.
+
+  oneDNN's products where large ones do much of the work; else, where it has convolutions, these
+  without YNNPACK.
+  """
+  if compiler_options(mesh) is None:
+    return None
+  products, convolutions = work(lowered)
+  large = sum(one.flops for one in products if one.is_large())
+  if large > SHARE * sum(one.flops for one in products):
+    return compiler_options(mesh)
+  return compiler_options(mesh, convolutions=True) if convolutions else None
+
+
+class Product(NamedTuple):
+  """A batch of matrix products: [batch, rows, summed] times [batch, summed, columns]."""
+
+  batch: int
+  rows: int
+  summed: int
+  columns: int
+
+  @property
+  def flops(self) -> int:
+    """Of the whole batch."""
+    return 2 * math.prod(self)
+
+  def is_large(self) -> bool:
+    """Whether oneDNN is the better for each of them."""
+    sizes = self[1:]
+    return 2 * math.prod(sizes) >= LARGE and min(sizes) >= LEAST
+
+
+def work(lowered: jax.stages.Lowered) -> tuple[list[Product], int]:
+  """The matrix products of a program as it is written, and how many convolutions it has.
+
+  The body of a loop counts once, and so does a function however often it is called.
+  """
+  # Not above, where `keep_memory` would come after what these load: less memory was kept.
+  from jax.extend.mlir import ir
+  from jax.extend.mlir.dialects import stablehlo
+
+  products, convolutions = [], 0
+
+  def visit(operation: ir.Operation) -> ir.WalkResult:
+    nonlocal convolutions
+    if operation.name == "stablehlo.convolution":
+      convolutions += 1
+    elif operation.name == "stablehlo.dot_general":
+      left, right = (operand.type.shape for operand in operation.operands)
+      axes = stablehlo.DotDimensionNumbers(operation.attributes["dot_dimension_numbers"])
+      batch = math.prod(left[axis] for axis in axes.lhs_batching_dimensions)
+      summed = math.prod(left[axis] for axis in axes.lhs_contracting_dimensions)
+      shared = max(1, batch * summed)  # arrays may be empty
+      rows, columns = math.prod(left) // shared, math.prod(right) // shared
+      products.append(Product(batch, rows, summed, columns))
+    return ir.WalkResult.ADVANCE
+
+  lowered.compiler_ir().operation.walk(visit)
+  return products, convolutions
 
 
 def _is_tried() -> bool:

@@ -13,7 +13,7 @@ from absl import logging
 
 from mgen_jax.config import TrainStage
 from mgen_jax.data.buckets import Bucket
-from mgen_jax.parallel import rules
+from mgen_jax.parallel import cpu, rules
 from mgen_jax.tasks.base import Task, complete
 from mgen_jax.training import guard, parameters
 from mgen_jax.training import optimizer as optimizer_lib
@@ -189,13 +189,19 @@ def compile_for(
   # Tracing holds Python's lock and depends on the mesh in use; only XLA's part runs side by side.
   extra = () if frozen is None else (frozen,)
   lowered = {b: train_step.lower(state, dict(batch), *extra) for b, batch in batches.items()}
-  compiled = compile_side_by_side(lowered)
+  compiled = compile_side_by_side(lowered, state.step.sharding.mesh)
   seconds = time.perf_counter() - began
   logging.info("compiled the step for %d shapes of batches in %.1f s", len(compiled), seconds)
   return compiled
 
 
-def compile_side_by_side(lowered: Mapping[Any, jax.stages.Lowered]) -> dict[Any, Any]:
-  """Compiles several programs at once, a thread each."""
+def compile_side_by_side(
+  lowered: Mapping[Any, jax.stages.Lowered], mesh: jax.sharding.Mesh
+) -> dict[Any, Any]:
+  """Compiles several programs of a mesh at once, a thread each."""
+  options = [cpu.chosen_for(program, mesh) for program in lowered.values()]
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    return dict(zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True))
+    programs = pool.map(
+      lambda program, chosen: program.compile(compiler_options=chosen), lowered.values(), options
+    )
+    return dict(zip(lowered, programs, strict=True))

@@ -36,6 +36,7 @@ class Validator:
   def __init__(self, task: Task, mesh: jax.sharding.Mesh, *, seed: int, bins: int):
     """`bins`: times to look at; 0, or of a task without times: as training draws them."""
     self._timed = bins > 0 and hasattr(task, "time_bins")
+    self._mesh = mesh
     self._program = jax.jit(
       _timed_program(task, seed, bins) if self._timed else _drawn_program(task, seed),
       out_shardings=rules.replicated(mesh),
@@ -54,10 +55,11 @@ class Validator:
       frozen: parameters that complete a batch, if the task has such.
     """
     start = np.int32(0)
-    self._compiled = step_lib.compile_side_by_side({
+    lowered = {
       key: self._program.lower(params, dict(rows), start, start, *frozen)
       for key, rows in batches.items()
-    })  # fmt: skip
+    }
+    self._compiled = step_lib.compile_side_by_side(lowered, self._mesh)
 
   def __call__(
     self,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from mgen_jax.parallel import cpu
@@ -48,6 +49,116 @@ def test_a_version_of_jax_that_was_not_tried_is_left_alone(monkeypatch):
   assert bool(cpu.compiler_options(mesh)) == cpu._is_tried()
   monkeypatch.setattr(jax, "__version_info__", (99, 0, 0))
   assert cpu.compiler_options(mesh) is None
+
+
+def product(rows: int, columns: int = 512, batch: int = 1):
+  """`rows` x 512 times 512 x `columns`."""
+  shapes = [(batch, rows, 512), (batch, 512, columns)]
+  shapes = shapes if batch > 1 else [shape[1:] for shape in shapes]
+  return jnp.matmul, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+
+def convolution(rows: int):
+  """A convolution whose result a product follows."""
+
+  def program(image, kernel, left, right):
+    image = jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME")
+    return image.sum() + left @ right
+
+  shapes = [(1, 4, 8, 8), (4, 4, 3, 3)]
+  return program, [jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes] + product(rows)[1]
+
+
+def scanned(rows: int):
+  """A product within a loop."""
+  matmul, (left, right) = product(rows)
+
+  def program(left, right):
+    return jax.lax.scan(lambda x, _: (matmul(x, right), None), left, length=3)[0]
+
+  return program, [left, right]
+
+
+@pytest.mark.skipif(not cpu._is_tried(), reason="this machine or version of JAX has no oneDNN")
+@pytest.mark.parametrize(
+  ("program", "wanted"),
+  [
+    (product(128), None),  # of a toy
+    (product(4096), cpu.ONEDNN),
+    (scanned(4096), cpu.ONEDNN),
+    (product(1 << 16, columns=64), None),  # narrow, as between patches and latents
+    (product(64, batch=256), None),  # many small ones, as attention has
+    (convolution(128), cpu.CONVOLUTIONS),
+    (convolution(4096), cpu.ONEDNN),  # these have the convolutions' options as well
+  ],
+  ids=["toy", "large", "loop", "narrow", "batch", "convolution", "both"],
+)
+def test_a_step_is_compiled_by_what_it_computes(monkeypatch, program, wanted):
+  function, arguments = program
+  mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1])
+  monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+  for _ in range(2):  # the same program, the same choice
+    assert cpu.chosen_for(jax.jit(function).lower(*arguments), mesh) == wanted
+  several = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:2])
+  assert cpu.chosen_for(jax.jit(function).lower(*arguments), several) is None
+
+
+def test_the_work_of_a_program_is_counted():
+  def program(x, y):
+    return jnp.einsum("bij,bkj->bik", x, y), x.reshape(-1, 5) @ y[0].T
+
+  arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((3, 4, 5), (3, 6, 5))]
+  products, convolutions = cpu.work(jax.jit(program).lower(*arguments))
+  assert sorted(products) == [(1, 12, 5, 6), (3, 4, 5, 6)]
+  assert convolutions == 0
+
+
+STEP = """
+import jax, jax.numpy as jnp, numpy as np
+from mgen_jax.data.buckets import Bucket
+from mgen_jax.parallel import mesh as mesh_lib
+from mgen_jax.training import program as program_lib
+from mgen_jax.training import state as state_lib
+from tests.training import toy
+
+class Wide(toy.ToyTask):
+  def init(self, key):
+    w = 0.1 * jax.random.normal(key, (512, 512))
+    return {"w": w, "b": jnp.zeros((512,))}
+
+  def loss(self, params, batch, keys):
+    error = batch["x"] @ params["w"] + params["b"] - batch["y"]
+    return jnp.square(error).mean(), {}
+
+mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig())
+with mesh_lib.use(mesh):
+  program = program_lib.make_program(Wide(), toy.stage(), mesh, seed=0)
+  rng = np.random.default_rng(0)
+  batch = {name: rng.standard_normal((2048, 512)).astype(np.float32) for name in "xy"}
+  rows = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in batch.items()}
+  chosen = program.compile({"rows": rows})["rows"]
+
+  def state():
+    made = jax.tree.map(lambda s: jnp.full(s.shape, 1 / 64, s.dtype), program.shapes)
+    return jax.device_put(made, program.layout)
+
+  given = state()
+  (new, metrics), (plain, plain_metrics) = chosen(given, batch), program.train_step(state(), batch)
+print("onednn" in chosen.as_text(), given.params["w"].is_deleted())
+close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+jax.tree.map(close, (new.params, metrics), (plain.params, plain_metrics))
+"""
+
+
+@pytest.mark.skipif(not cpu._is_tried(), reason="this machine or version of JAX has no oneDNN")
+def test_a_training_step_of_large_products_is_the_same_step_by_onednn():
+  """Within rounding, and its state is still donated."""
+  flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  done = subprocess.run(
+    [sys.executable, "-c", STEP], env=os.environ | flags, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.split() == ["True", "True"]
 
 
 PAGES = """
