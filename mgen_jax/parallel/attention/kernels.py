@@ -132,7 +132,9 @@ def fused(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     lengths = mask.sum(1, dtype=jnp.int32)
   elif m % 2:
     lengths = jnp.full(k.shape[:1], m, jnp.int32)
-  q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+  q, k, v = (
+    jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) if x.shape[1] % 2 else x for x in (q, k, v)
+  )
   return jax.nn.dot_product_attention(
     q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
   )[:, :n]

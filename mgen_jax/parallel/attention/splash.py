@@ -197,7 +197,8 @@ def _padded(length: int, multiple: int) -> int:
 
 def _tokens(x: Array, padded: int) -> Array:
   """[b, n, h, ...] -> [b, h, padded, ...], with zeros behind."""
-  x = jnp.pad(x, ((0, 0), (0, padded - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
+  if padded > x.shape[1]:
+    x = jnp.pad(x, ((0, 0), (0, padded - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
   return jnp.swapaxes(x, 1, 2)
 
 
