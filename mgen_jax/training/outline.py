@@ -7,19 +7,30 @@ otherwise than before. Not here: what is computed.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
 from jax.extend import core
 
+from mgen_jax.training import rows
 
-def outline(function: Callable[..., Any]) -> Callable[..., Any]:
+_SMALL = 1_000  # an array that is joined with others has at most this part of all elements
+
+
+def outline(
+  function: Callable[..., Any], shardings: Sequence[Any] | None = None
+) -> Callable[..., Any]:
   """`function` with its repeated parts shared; to be called while tracing (inside `jit`).
 
   Sums of an array to a number split the work in levels: what follows the norm of all gradients is
   another part than what it is made of. What is asked for twice, as the norm or a schedule is, is
-  done once.
+  done once. Small arrays that are treated alike element by element, and lie on the devices alike,
+  are treated as rows of one.
+
+  Args:
+    function: of trees of arrays.
+    shardings: one tree for each argument, of the sharding of each array; None: no rows are joined.
   """
 
   def outlined(*arguments):
@@ -30,19 +41,40 @@ def outline(function: Callable[..., Any]) -> Callable[..., Any]:
       closed = jax.make_jaxpr(functools.partial(_evaluate, closed))(*leaves)
     values = dict(zip(closed.jaxpr.invars, leaves, strict=True))
     values |= zip(closed.jaxpr.constvars, closed.consts, strict=True)
+    lies = {}
+    if shardings is not None:
+      lies = dict(zip(closed.jaxpr.invars, jax.tree.leaves(tuple(shardings)), strict=True))
+    small = sum(leaf.size for leaf in leaves) // _SMALL
     shared: dict[str, Callable[..., Any]] = {}
     known: dict[tuple, list[jax.Array]] = {}
-    for part in _parts(closed.jaxpr):
-      program, inputs, outputs = _program(part, closed.jaxpr)
-      key = str(id(part)) if _hides_constants(program.jaxpr) else str(program)
-      given = [values[v] for v in inputs]
+
+    def run(program: core.ClosedJaxpr, given: list[jax.Array]) -> list[jax.Array]:
+      first = program.jaxpr.eqns[0]
+      key = str(id(first)) if _hides_constants(program.jaxpr) else str(program)
       made = known.get((key, *map(id, given)))
       if made is None:
-        run = core.jaxpr_as_fun(program)
-        if not _is_scalar(part[0]):
-          run = shared.setdefault(key, jax.jit(run))
-        made = known[key, *map(id, given)] = run(*given)
-      values |= zip(outputs, made, strict=True)
+        call = core.jaxpr_as_fun(program)
+        if not _is_scalar(first):
+          call = shared.setdefault(key, jax.jit(call))
+        made = known[key, *map(id, given)] = call(*given)
+      return made
+
+    for level in _levels(closed.jaxpr):
+      together: dict[Hashable, list[tuple]] = {}  # parts that are rows of one
+      for index, part in enumerate(level):
+        program, inputs, outputs = _program(part, closed.jaxpr)
+        given = [values[v] for v in inputs]
+        alike = rows.alike(program, given, [lies.get(v) for v in inputs], small)
+        together.setdefault(index if alike is None else alike, []).append((program, given, outputs))
+        if _is_scalar(part[0]):  # others of its level may read it
+          values |= zip(outputs, run(program, given), strict=True)
+      for programs, given, outputs in (zip(*group, strict=True) for group in together.values()):
+        if len({str(program) for program in programs}) > 1:
+          made = rows.run(programs[0], given)
+        else:  # a function of their own is enough
+          made = map(run, programs, given)
+        for names, each in zip(outputs, made, strict=True):
+          values |= zip(names, each, strict=True)
     results = [
       out.val if isinstance(out, core.Literal) else values[out] for out in closed.jaxpr.outvars
     ]
@@ -70,8 +102,9 @@ def _evaluate(closed: core.ClosedJaxpr, *values: Any) -> list[Any]:
   return [read(atom) for atom in closed.jaxpr.outvars]
 
 
-def _parts(jaxpr: core.Jaxpr) -> list[list[core.JaxprEqn]]:
-  """The equations, grouped, in an order in which they can run."""
+def _levels(jaxpr: core.Jaxpr) -> list[list[list[core.JaxprEqn]]]:
+  """The equations, grouped in parts, in an order in which they can run. In a level those of numbers
+  come first; the others do not touch each other."""
   level: dict[core.Var, int] = {}
   levels: list[int] = []  # of each equation
   for equation in jaxpr.eqns:
@@ -91,8 +124,8 @@ def _parts(jaxpr: core.Jaxpr) -> list[list[core.JaxprEqn]]:
   parts = []
   for at in range(max(levels, default=-1) + 1):
     here = [e for e, level in zip(jaxpr.eqns, levels, strict=True) if level == at]
-    parts += [[equation] for equation in here if _is_scalar(equation)]
-    parts += _connected([equation for equation in here if not _is_scalar(equation)])
+    numbers = [[equation] for equation in here if _is_scalar(equation)]
+    parts.append(numbers + _connected([e for e in here if not _is_scalar(e)]))
   return parts
 
 

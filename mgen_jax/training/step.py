@@ -150,7 +150,8 @@ def make_train_step(
     loss, metrics, gradients = loss_and_gradients(
       held_objective(state.step, frozen), state.params, batch, keys, passes(examples)
     )
-    norm, verdict, changed = outline(update)(state, loss, gradients)
+    shardings = layout, layout.step, layout.params
+    norm, verdict, changed = outline(update, shardings)(state, loss, gradients)
     lr = jnp.asarray(schedule(state.step), jnp.float32)
     metrics = {
       **metrics,
