@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import core
 
 from mgen_jax.training import rows
@@ -41,6 +42,8 @@ def outline(
       closed = jax.make_jaxpr(functools.partial(_evaluate, closed))(*leaves)
     values = dict(zip(closed.jaxpr.invars, leaves, strict=True))
     values |= zip(closed.jaxpr.constvars, closed.consts, strict=True)
+    jaxpr, numbers = _lifted(closed.jaxpr)
+    values |= zip(numbers, jax.jit(lambda: list(numbers.values()))(), strict=True)
     lies = {}
     if shardings is not None:
       lies = dict(zip(closed.jaxpr.invars, jax.tree.leaves(tuple(shardings)), strict=True))
@@ -54,15 +57,14 @@ def outline(
       made = known.get((key, *map(id, given)))
       if made is None:
         call = core.jaxpr_as_fun(program)
-        if not _is_scalar(first):
-          call = shared.setdefault(key, jax.jit(call))
+        call = shared.setdefault(key, call if _is_scalar(first) else jax.jit(call))
         made = known[key, *map(id, given)] = call(*given)
       return made
 
-    for level in _levels(closed.jaxpr):
+    for level in _levels(jaxpr):
       together: dict[Hashable, list[tuple]] = {}  # parts that are rows of one
       for index, part in enumerate(level):
-        program, inputs, outputs = _program(part, closed.jaxpr)
+        program, inputs, outputs = _program(part, jaxpr)
         given = [values[v] for v in inputs]
         alike = rows.alike(program, given, [lies.get(v) for v in inputs], small)
         together.setdefault(index if alike is None else alike, []).append((program, given, outputs))
@@ -100,6 +102,28 @@ def _evaluate(closed: core.ClosedJaxpr, *values: Any) -> list[Any]:
       made = core.jaxpr_as_fun(program)(*map(read, inputs))
     known |= zip(outputs, made, strict=True)
   return [read(atom) for atom in closed.jaxpr.outvars]
+
+
+def _lifted(jaxpr: core.Jaxpr) -> tuple[core.Jaxpr, dict[core.Var, np.ndarray]]:
+  """The program with the numbers that it applies to arrays as variables, and their values.
+
+  So each is written once, not again in every part that reads it.
+  """
+  variables: dict[tuple, core.Var] = {}
+  values: dict[core.Var, np.ndarray] = {}
+
+  def lift(atom):
+    if not isinstance(atom, core.Literal) or atom.aval.shape:
+      return atom
+    value = np.asarray(atom.val, atom.aval.dtype)
+    variable = variables.setdefault((value.dtype, value.tobytes()), core.Var(atom.aval))
+    values[variable] = value
+    return variable
+
+  equations = [
+    e if _is_scalar(e) else e.replace(invars=[lift(atom) for atom in e.invars]) for e in jaxpr.eqns
+  ]
+  return jaxpr.replace(eqns=equations), values
 
 
 def _levels(jaxpr: core.Jaxpr) -> list[list[list[core.JaxprEqn]]]:

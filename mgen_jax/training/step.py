@@ -138,7 +138,8 @@ def make_train_step(
     new = (params, opt_state, ema)
     old = (state.params, state.opt_state, state.ema)
     kept = jax.tree.map(lambda a, b: jax.lax.select(good, a, b), new, old)
-    return norm, verdict, (*kept, history)
+    lr = jnp.asarray(schedule(state.step), jnp.float32)
+    return norm, lr, verdict, (*kept, history)
 
   def held_objective(step: jax.Array, frozen: Any) -> Callable[..., Any]:
     inner = objective(task, step, frozen)
@@ -151,8 +152,7 @@ def make_train_step(
       held_objective(state.step, frozen), state.params, batch, keys, passes(examples)
     )
     shardings = layout, layout.step, layout.params
-    norm, verdict, changed = outline(update, shardings)(state, loss, gradients)
-    lr = jnp.asarray(schedule(state.step), jnp.float32)
+    norm, lr, verdict, changed = outline(update, shardings)(state, loss, gradients)
     metrics = {
       **metrics,
       "loss": loss,

@@ -77,8 +77,8 @@ def _draw(key: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
   if 0 < count <= _FEW:
     words = [_hash(key, jnp.uint32(i)) for i in range(count)]
     return tuple(jnp.stack(word).reshape(shape) for word in zip(*words, strict=True))
-  low = jnp.zeros(shape, jnp.uint32)
-  for dim in range(len(shape)):  # dimension by dimension, so that each device makes its own part
+  low = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+  for dim in range(len(shape) - 1):  # one by one, so that each device makes its own part
     stride = np.uint32(math.prod(shape[dim + 1 :]))
     low += stride * jax.lax.broadcasted_iota(jnp.uint32, shape, dim)
   if len(shape) == 1:  # a row of numbers is a row of keys, too

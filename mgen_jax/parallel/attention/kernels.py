@@ -128,7 +128,7 @@ def fused(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
   lengths = None
   if mask is not None:
     order = jnp.argsort(~mask, axis=1, stable=True)[:, :, None, None]
-    k, v = (jnp.take_along_axis(x, order, axis=1) for x in (k, v))
+    k, v = (jnp.take_along_axis(x, order, axis=1, mode="promise_in_bounds") for x in (k, v))
     lengths = mask.sum(1, dtype=jnp.int32)
   elif m % 2:
     lengths = jnp.full(k.shape[:1], m, jnp.int32)
