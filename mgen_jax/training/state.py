@@ -61,14 +61,22 @@ def stream_key(seed: int, stream: str, step: int | jax.Array) -> jax.Array:
   return jax.random.fold_in(key, step)
 
 
-def example_keys(seed: int, stream: str, step: int | jax.Array, examples: int) -> jax.Array:
-  """One key for each example of the global batch, [examples]: the same on every mesh."""
+def example_keys(
+  seed: int, stream: str, step: int | jax.Array, examples: int | jax.Array
+) -> jax.Array:
+  """One key for each example of the global batch, the same on every mesh.
+
+  Args:
+    seed, stream, step: see `stream_key`.
+    examples: how many there are, or which of them are meant, [n].
+  """
+  which = jnp.arange(examples) if isinstance(examples, int) else examples
   # Bit for bit what splitting the stream's key gives. All of it is done for each example, so that
   # the program needs no second Threefry for a single key, only the one of the examples' own draws.
-  seeds = jnp.full(examples, np.int64(seed).astype(np.int32))  # the 32 bits that JAX reads of it
+  seeds = jnp.full(which.shape, np.int64(seed).astype(np.int32))  # the 32 bits that JAX reads of it
   keys = jax.vmap(lambda seed: jax.random.key(seed, impl=threefry.KEYS))(seeds)
-  for data in (_number(stream), step, jnp.arange(examples)):
-    keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(data, examples))
+  for data in (_number(stream), step, which):
+    keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(data, which.shape))
   return keys
 
 
