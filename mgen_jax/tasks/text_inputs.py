@@ -350,9 +350,7 @@ class FeatureText:
 
 
 @jax.jit  # written once in a program for each encoder
-def _emptied(
-  features: jax.Array, mask: jax.Array, drop: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _emptied(features: jax.Array, mask: jax.Array, drop: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Features and mask of the empty text where `drop` [B] is True."""
   zeros, first = jnp.zeros_like(features), jnp.arange(mask.shape[1]) == 0
   over = functools.partial(jax.lax.broadcast_in_dim, broadcast_dimensions=(0,))

@@ -6,6 +6,8 @@ parameter) and calls one shared function for all parts that are the same. Nothin
 otherwise than before. Not here: what is computed.
 """
 
+import collections
+import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
@@ -16,7 +18,7 @@ from jax.extend import core
 
 from mgen_jax.training import rows
 
-_SMALL = 1_000  # an array that is joined with others has at most this part of all elements
+_SMALL = 500  # an array that is joined with others has at most this part of all elements
 
 
 def outline(
@@ -48,35 +50,39 @@ def outline(
     if shardings is not None:
       lies = dict(zip(closed.jaxpr.invars, jax.tree.leaves(tuple(shardings)), strict=True))
     small = sum(leaf.size for leaf in leaves) // _SMALL
+    levels = [[_made(part, jaxpr) for part in level] for level in _levels(jaxpr)]
+    # A function for what is done more than once; the same to the same array is done once anyway.
+    each = {(part.key, *part.inputs) for level in levels for part in level}
+    times = collections.Counter(key for key, *_ in each)
     shared: dict[str, Callable[..., Any]] = {}
     known: dict[tuple, list[jax.Array]] = {}
 
-    def run(program: core.ClosedJaxpr, given: list[jax.Array]) -> list[jax.Array]:
-      first = program.jaxpr.eqns[0]
-      key = str(id(first)) if _hides_constants(program.jaxpr) else str(program)
-      made = known.get((key, *map(id, given)))
+    def run(part: _Part, given: list[jax.Array]) -> list[jax.Array]:
+      made = known.get((part.key, *map(id, given)))
       if made is None:
-        call = core.jaxpr_as_fun(program)
-        call = shared.setdefault(key, call if _is_scalar(first) else jax.jit(call))
-        made = known[key, *map(id, given)] = call(*given)
+        call = core.jaxpr_as_fun(part.program)
+        repeated = times[part.key] > 1 and not part.scalar
+        call = shared.setdefault(part.key, jax.jit(call) if repeated else call)
+        made = known[part.key, *map(id, given)] = call(*given)
       return made
 
-    for level in _levels(jaxpr):
-      together: dict[Hashable, list[tuple]] = {}  # parts that are rows of one
-      for index, part in enumerate(level):
-        program, inputs, outputs = _program(part, jaxpr)
-        given = [values[v] for v in inputs]
-        alike = rows.alike(program, given, [lies.get(v) for v in inputs], small)
-        together.setdefault(index if alike is None else alike, []).append((program, given, outputs))
-        if _is_scalar(part[0]):  # others of its level may read it
-          values |= zip(outputs, run(program, given), strict=True)
-      for programs, given, outputs in (zip(*group, strict=True) for group in together.values()):
-        if len({str(program) for program in programs}) > 1:
-          made = rows.run(programs[0], given)
+    for level in levels:
+      together: dict[Hashable, list[tuple[_Part, list[jax.Array]]]] = {}  # rows of one
+      for part in level:
+        given = [values[v] for v in part.inputs]
+        if part.scalar:  # others of its level may read it
+          values |= zip(part.outputs, run(part, given), strict=True)
+          continue
+        alike = rows.alike(part.program, given, [lies.get(v) for v in part.inputs], small)
+        together.setdefault(id(part) if alike is None else alike, []).append((part, given))
+      for group in together.values():
+        parts, given = zip(*group, strict=True)
+        if len({part.key for part in parts}) > 1:
+          made = rows.run(parts[0].program, given)
         else:  # a function of their own is enough
-          made = map(run, programs, given)
-        for names, each in zip(outputs, made, strict=True):
-          values |= zip(names, each, strict=True)
+          made = map(run, parts, given)
+        for part, outputs in zip(parts, made, strict=True):
+          values |= zip(part.outputs, outputs, strict=True)
     results = [
       out.val if isinstance(out, core.Literal) else values[out] for out in closed.jaxpr.outvars
     ]
@@ -98,8 +104,8 @@ def _evaluate(closed: core.ClosedJaxpr, *values: Any) -> list[Any]:
       outputs = equation.outvars
       made = _evaluate(equation.params["jaxpr"], *map(read, equation.invars))
     else:
-      program, inputs, outputs = _program([equation], closed.jaxpr)
-      made = core.jaxpr_as_fun(program)(*map(read, inputs))
+      part = _made([equation], closed.jaxpr)
+      outputs, made = part.outputs, core.jaxpr_as_fun(part.program)(*map(read, part.inputs))
     known |= zip(outputs, made, strict=True)
   return [read(atom) for atom in closed.jaxpr.outvars]
 
@@ -165,10 +171,23 @@ def _connected(equations: list[core.JaxprEqn]) -> list[list[core.JaxprEqn]]:
   return [[equations[i] for i in members] for members in groups.values()]
 
 
-def _program(
-  part: list[core.JaxprEqn], whole: core.Jaxpr
-) -> tuple[core.ClosedJaxpr, list[core.Var], list[core.Var]]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Part:
   """A part as a program of its own, what it reads, and what is read of it elsewhere."""
+
+  program: core.ClosedJaxpr
+  inputs: list[core.Var]
+  outputs: list[core.Var]
+  scalar: bool
+
+  @functools.cached_property
+  def key(self) -> str:
+    """The same for parts that do the same."""
+    hidden = _hides_constants(self.program.jaxpr)
+    return str(id(self.program.jaxpr.eqns[0])) if hidden else str(self.program)
+
+
+def _made(part: list[core.JaxprEqn], whole: core.Jaxpr) -> _Part:
   inside = {id(equation) for equation in part}
   made = dict.fromkeys(out for equation in part for out in equation.outvars)
   read = dict.fromkeys(v for equation in part for v in _variables(equation.invars))
@@ -178,7 +197,7 @@ def _program(
   outputs = [v for v in made if v in wanted]
   effects = frozenset().union(*(equation.effects for equation in part))
   jaxpr = core.Jaxpr((), inputs, outputs, part, effects, whole.debug_info.with_unknown_names())
-  return core.ClosedJaxpr(jaxpr, ()), inputs, outputs
+  return _Part(core.ClosedJaxpr(jaxpr, ()), inputs, outputs, _is_scalar(part[0]))
 
 
 def _is_scalar(what: core.JaxprEqn | list[core.JaxprEqn]) -> bool:

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax.extend import core
 
 _LAST = -1  # the dimension that may be split over devices
-_ELEMENTWISE = frozenset(
-  "abs add and clamp convert_element_type copy div eq exp ge gt integer_pow is_finite log lt max min "
-  "mul ne neg not or pow rsqrt select_n sign sqrt square sub".split()
-)
+_ELEMENTWISE = {
+  "abs", "add", "and", "convert_element_type", "copy", "div", "integer_pow", "is_finite", "max",
+  "min", "mul", "neg", "pow", "rsqrt", "select_n", "sign", "sqrt", "square", "sub",
+}  # fmt: skip
 
 
 def alike(

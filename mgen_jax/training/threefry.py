@@ -50,7 +50,8 @@ def _rounds(key: Array, counter: Array) -> tuple[Array, Array]:
 
   first, second = key[..., 0], key[..., 1]
   shape = jnp.broadcast_shapes(first.shape, counter.shape)
-  start = jnp.broadcast_to(first, shape), counter + second, (first, second, first ^ second ^ _PARITY)
+  words = first, second, first ^ second ^ _PARITY
+  start = jnp.broadcast_to(first, shape), counter + second, words
   numbers = np.arange(1, len(_ROTATIONS) + 1, dtype=np.uint32)
   return jax.lax.scan(turn, start, (numbers, _ROTATIONS))[0][:2]
 
