@@ -50,15 +50,18 @@ def alike(
   if not all(map(_is_elementwise, program.jaxpr.eqns)):
     return None
   lies = [s for s, array in zip(shardings, given, strict=True) if array.shape]
-  if any(s is None or any(s.spec[: len(shape) - 1]) for s in lies):
+  if any(s is None or any(tuple(s.spec)[: len(shape) - 1]) for s in lies):
     return None
   text = " ".join(str(program).split())  # however its lines are broken
   text = text.replace(f"[{','.join(map(str, shape))}]", "[*]").replace(str(shape), "*")
   numbers = tuple(id(number) for number in given if not number.shape)
-  return text, shape[_LAST], tuple(s.spec[len(shape) - 1 :] for s in lies), numbers
+  split = tuple(tuple(s.spec)[len(shape) - 1 :] or (None,) for s in lies)  # the last dimension
+  return text, shape[_LAST], split, numbers
 
 
-def run(program: core.ClosedJaxpr, given: Sequence[Sequence[jax.Array]]) -> list[list[jax.Array]]:
+def run(
+  program: core.ClosedJaxpr, given: Sequence[Sequence[jax.Array]]
+) -> list[tuple[jax.Array, ...]]:
   """The results of a program for several sets of arguments that are `alike`."""
   shapes = tuple(next(array.shape for array in each if array.shape) for each in given)
   joined = [_join(*same) if same[0].shape else same[0] for same in zip(*given, strict=True)]
