@@ -25,18 +25,20 @@ tower of MetaCLIP bigG with stretched positions stands in for it.
 from mgen_jax import config
 
 # --------------------------------------------------------------------------------------------------
-# Hardware: devices, mesh and passes of gradient accumulation of each stage.
+# Hardware: devices, mesh, passes of gradient accumulation and rematerialisation of each stage.
 
-# The paper's. A global batch is (batch per GPU x GPUs) / (tensor x context).
+# The paper's. A global batch is (batch per GPU x GPUs) / (tensor x context). Of a long sequence the
+# attention is what costs most to compute again, and there is room for its output.
+_LONG = {"remat": "save_attention"}
 H100 = {
   "autoencoder": {"devices": 512},
   "t2i_256": {"devices": 1536},
   "t2v_256": {"devices": 3072, "mesh": {"tensor": 4}},
   "t2v_256_wide": {"devices": 6144, "mesh": {"tensor": 4}},
-  "t2v_768": {"devices": 6144, "mesh": {"tensor": 4}},
-  "t2v_768_low": {"devices": 6144, "mesh": {"tensor": 4}},
-  "t2v_768_cp2": {"devices": 6144, "mesh": {"tensor": 4, "context": 2}},
-  "t2v_768_cp2_low": {"devices": 4096, "mesh": {"tensor": 4, "context": 2}},
+  "t2v_768": {"devices": 6144, "mesh": {"tensor": 4}, **_LONG},
+  "t2v_768_low": {"devices": 6144, "mesh": {"tensor": 4}, **_LONG},
+  "t2v_768_cp2": {"devices": 6144, "mesh": {"tensor": 4, "context": 2}, **_LONG},
+  "t2v_768_cp2_low": {"devices": 4096, "mesh": {"tensor": 4, "context": 2}, **_LONG},
 }
 # 95 GB a chip and one torus for all of a slice: no tensor parallelism is needed. 18,432 tokens a
 # chip at 768 px, whose layer inputs (all that "full" remat keeps) take 11 GB.
@@ -201,6 +203,10 @@ def get_config(hardware="h100"):
     # At 768 px one example at a time is what a device has room for; the paper's GPUs hold no more.
     passes = -1 if name.startswith("t2v_768") else 1
     stages[name]["accumulate"] = preset.get("accumulate", passes)
+    if "remat" in preset:
+      task = stages[name]["task"]
+      model = {**task["model"], "remat": preset["remat"]}
+      stages[name]["task"] = {**task, "model": model}
   return config.experiment(
     name=f"t2v_30b_{hardware}",
     # Table 2: clips at 16 to 32 frames a second, so that each fills its bucket as a whole.

@@ -203,6 +203,7 @@ class Block(nn.Module):
       layers.partitioned(nn.initializers.normal(cfg.width**-0.5), None, "embed"),
       (6, cfg.width),
     )
+    table = layers.expand(table, modulation.shape)
     shifts = jnp.split((modulation + table).astype(cfg.dtype), 6, axis=1)  # six of [B, 1, D]
     shift1, scale1, gate1, shift2, scale2, gate2 = shifts
 
@@ -368,7 +369,8 @@ class Backbone(nn.Module):
       biases.append(jnp.broadcast_to(bias, y.shape[1:]))
     # All tokens are normalised at once, each with its own encoder's scale and bias.
     text = layers.Norm("layer", affine=False)(jnp.concatenate(texts, 1))
-    text = text * jnp.concatenate(scales) + jnp.concatenate(biases)
+    scale, bias = (layers.expand(jnp.concatenate(x), text.shape) for x in (scales, biases))
+    text = text * scale + bias
     text = nn.with_logical_constraint(text.astype(cfg.dtype), CONTEXT)
     if all(mask is None for mask in masks):
       return text, None
@@ -386,6 +388,7 @@ class Backbone(nn.Module):
       layers.partitioned(nn.initializers.normal(cfg.width**-0.5), None, "embed"),
       (2, cfg.width),
     )
+    table = layers.expand(table, (x.shape[0], *table.shape))
     shift, scale = jnp.split(embedded[:, None].astype(jnp.float32) + table, 2, axis=1)
     x = layers.Norm(cfg.norm, cfg.norm_eps, affine=cfg.norm_affine, name="head_norm")(x)
     x = nn.with_logical_constraint(x * (1 + scale) + shift, NORM_TOKENS)

@@ -88,9 +88,17 @@ def _normalised(
   if kind == "layer":
     x = x - x.mean(-1, keepdims=True)
   x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
-  x = x if scale is None else x * scale
-  x = x if bias is None else x + bias
+  x = x if scale is None else x * expand(scale, x.shape)
+  x = x if bias is None else x + expand(bias, x.shape)
   return x.astype(dtype)
+
+
+def expand(x: Array, shape: Sequence[int]) -> Array:
+  """`x`, whose dimensions are the last of `shape`, for every place of the first ones.
+
+  What broadcasting does on its own, in one operation each way instead of three.
+  """
+  return jax.lax.broadcast_in_dim(x, shape, range(len(shape) - x.ndim, len(shape)))
 
 
 class Affine(nn.Module):

@@ -18,11 +18,8 @@ GROWTH = ("interpolate", "extend")
 
 def grid_sum(tables: Sequence[Array]) -> Array:
   """The factorised positions of a grid: tables [t, D], [h, D], [w, D] -> [1, t*h*w, D]."""
-  total = 0.0
-  for axis, table in enumerate(tables):
-    shape = [1, 1, 1, table.shape[-1]]
-    shape[axis] = table.shape[0]
-    total = total + table.reshape(shape)
+  time, height, width = tables
+  total = time[:, None, None] + height[:, None] + width
   return total.reshape(1, -1, tables[0].shape[-1])
 
 

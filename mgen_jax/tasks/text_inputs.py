@@ -8,6 +8,7 @@ leave their features in the records, or in the training step. Not here: the enco
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -251,10 +252,7 @@ class FeatureText:
   def drop(self, rows: Rows, drop: jax.Array) -> Rows:
     made = {}
     for name in self._arrays:
-      features, mask = rows[name], rows[f"{name}_mask"]
-      first = jnp.arange(mask.shape[1]) == 0
-      made[name] = jnp.where(drop[:, None, None], jnp.zeros((), features.dtype), features)
-      made[f"{name}_mask"] = jnp.where(drop[:, None], first, mask)
+      made[name], made[f"{name}_mask"] = _emptied(rows[name], rows[f"{name}_mask"], drop)
     return made
 
   def thin(self, rows: Rows, keys: jax.Array) -> Rows:
@@ -349,6 +347,17 @@ class FeatureText:
       f"this model reads the features of {', '.join(self.config.names)}, which are not part of it: "
       f"it cannot draw from the prompt {prompt!r} itself; name them in task.text.encoders."
     )
+
+
+@jax.jit  # written once in a program for each encoder
+def _emptied(features: jax.Array, mask: jax.Array, drop: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Features and mask of the empty text where `drop` [B] is True."""
+  zeros, first = jnp.zeros_like(features), jnp.arange(mask.shape[1]) == 0
+  over = functools.partial(jax.lax.broadcast_in_dim, broadcast_dimensions=(0,))
+  return (
+    jax.lax.select(over(drop, features.shape), zeros, features),
+    jax.lax.select(over(drop, mask.shape), jnp.broadcast_to(first, mask.shape), mask),
+  )
 
 
 def _fold(key: jax.Array, index: int) -> jax.Array:

@@ -67,9 +67,10 @@ def judge(
     leaps = (now - median > spike * deviation).any() & (history.seen >= _LEAST)
     verdict = jnp.where((verdict == GOOD) & leaps, SPIKE, verdict)
   verdict = verdict.astype(jnp.int32)
-  place = history.seen % WINDOW
-  after = History(history.values.at[:, place].set(now), history.seen + 1)
-  return verdict, jax.tree.map(lambda a, b: jnp.where(verdict == GOOD, a, b), after, history)
+  good = verdict == GOOD
+  here = good & (jnp.arange(WINDOW) == jax.lax.rem(history.seen, WINDOW))
+  values = jnp.where(here, now[:, None], history.values)
+  return verdict, History(values, history.seen + good)
 
 
 class BadStepError(UserError):

@@ -25,11 +25,11 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   else:  # that of "plateau" is lowered in the step, by what the state remembers
     main = optax.constant_schedule(config.lr)
   if not config.warmup_steps:
-    return main
+    return jax.jit(main)  # written once in the step's program: the metrics ask for it as well
   # The first step already moves: a warm-up that starts at 0 would waste it.
   first = config.lr / config.warmup_steps
   warmup = optax.linear_schedule(first, config.lr, config.warmup_steps - 1)
-  return optax.join_schedules([warmup, main], [config.warmup_steps])
+  return jax.jit(optax.join_schedules([warmup, main], [config.warmup_steps]))
 
 
 def _at_steps(config: OptimizerConfig) -> optax.Schedule:

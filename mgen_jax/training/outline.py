@@ -6,20 +6,34 @@ parameter) and calls one shared function for all parts that are the same. Nothin
 otherwise than before. Not here: what is computed.
 """
 
+import collections
+import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import core
 
+from mgen_jax.training import rows
 
-def outline(function: Callable[..., Any]) -> Callable[..., Any]:
+_SMALL = 500  # an array that is joined with others has at most this part of all elements
+
+
+def outline(
+  function: Callable[..., Any], shardings: Sequence[Any] | None = None
+) -> Callable[..., Any]:
   """`function` with its repeated parts shared; to be called while tracing (inside `jit`).
 
   Sums of an array to a number split the work in levels: what follows the norm of all gradients is
   another part than what it is made of. What is asked for twice, as the norm or a schedule is, is
-  done once.
+  done once. Small arrays that are treated alike element by element, and lie on the devices alike,
+  are treated as rows of one.
+
+  Args:
+    function: of trees of arrays.
+    shardings: one tree for each argument, of the sharding of each array; None: no rows are joined.
   """
 
   def outlined(*arguments):
@@ -30,19 +44,45 @@ def outline(function: Callable[..., Any]) -> Callable[..., Any]:
       closed = jax.make_jaxpr(functools.partial(_evaluate, closed))(*leaves)
     values = dict(zip(closed.jaxpr.invars, leaves, strict=True))
     values |= zip(closed.jaxpr.constvars, closed.consts, strict=True)
+    jaxpr, numbers = _lifted(closed.jaxpr)
+    values |= zip(numbers, jax.jit(lambda: list(numbers.values()))(), strict=True)
+    lies = {}
+    if shardings is not None:
+      lies = dict(zip(closed.jaxpr.invars, jax.tree.leaves(tuple(shardings)), strict=True))
+    small = sum(leaf.size for leaf in leaves) // _SMALL
+    levels = [[_made(part, jaxpr) for part in level] for level in _levels(jaxpr)]
+    # A function for what is done more than once; the same to the same array is done once anyway.
+    each = {(part.key, *part.inputs) for level in levels for part in level}
+    times = collections.Counter(key for key, *_ in each)
     shared: dict[str, Callable[..., Any]] = {}
     known: dict[tuple, list[jax.Array]] = {}
-    for part in _parts(closed.jaxpr):
-      program, inputs, outputs = _program(part, closed.jaxpr)
-      key = str(id(part)) if _hides_constants(program.jaxpr) else str(program)
-      given = [values[v] for v in inputs]
-      made = known.get((key, *map(id, given)))
+
+    def run(part: _Part, given: list[jax.Array]) -> list[jax.Array]:
+      made = known.get((part.key, *map(id, given)))
       if made is None:
-        run = core.jaxpr_as_fun(program)
-        if not _is_scalar(part[0]):
-          run = shared.setdefault(key, jax.jit(run))
-        made = known[key, *map(id, given)] = run(*given)
-      values |= zip(outputs, made, strict=True)
+        call = core.jaxpr_as_fun(part.program)
+        repeated = times[part.key] > 1 and not part.scalar
+        call = shared.setdefault(part.key, jax.jit(call) if repeated else call)
+        made = known[part.key, *map(id, given)] = call(*given)
+      return made
+
+    for level in levels:
+      together: dict[Hashable, list[tuple[_Part, list[jax.Array]]]] = {}  # rows of one
+      for part in level:
+        given = [values[v] for v in part.inputs]
+        if part.scalar:  # others of its level may read it
+          values |= zip(part.outputs, run(part, given), strict=True)
+          continue
+        alike = rows.alike(part.program, given, [lies.get(v) for v in part.inputs], small)
+        together.setdefault(id(part) if alike is None else alike, []).append((part, given))
+      for group in together.values():
+        parts, given = zip(*group, strict=True)
+        if len({part.key for part in parts}) > 1:
+          made = rows.run(parts[0].program, given)
+        else:  # a function of their own is enough
+          made = map(run, parts, given)
+        for part, outputs in zip(parts, made, strict=True):
+          values |= zip(part.outputs, outputs, strict=True)
     results = [
       out.val if isinstance(out, core.Literal) else values[out] for out in closed.jaxpr.outvars
     ]
@@ -64,14 +104,37 @@ def _evaluate(closed: core.ClosedJaxpr, *values: Any) -> list[Any]:
       outputs = equation.outvars
       made = _evaluate(equation.params["jaxpr"], *map(read, equation.invars))
     else:
-      program, inputs, outputs = _program([equation], closed.jaxpr)
-      made = core.jaxpr_as_fun(program)(*map(read, inputs))
+      part = _made([equation], closed.jaxpr)
+      outputs, made = part.outputs, core.jaxpr_as_fun(part.program)(*map(read, part.inputs))
     known |= zip(outputs, made, strict=True)
   return [read(atom) for atom in closed.jaxpr.outvars]
 
 
-def _parts(jaxpr: core.Jaxpr) -> list[list[core.JaxprEqn]]:
-  """The equations, grouped, in an order in which they can run."""
+def _lifted(jaxpr: core.Jaxpr) -> tuple[core.Jaxpr, dict[core.Var, np.ndarray]]:
+  """The program with the numbers that it applies to arrays as variables, and their values.
+
+  So each is written once, not again in every part that reads it.
+  """
+  variables: dict[tuple, core.Var] = {}
+  values: dict[core.Var, np.ndarray] = {}
+
+  def lift(atom):
+    if not isinstance(atom, core.Literal) or atom.aval.shape:
+      return atom
+    value = np.asarray(atom.val, atom.aval.dtype)
+    variable = variables.setdefault((value.dtype, value.tobytes()), core.Var(atom.aval))
+    values[variable] = value
+    return variable
+
+  equations = [
+    e if _is_scalar(e) else e.replace(invars=[lift(atom) for atom in e.invars]) for e in jaxpr.eqns
+  ]
+  return jaxpr.replace(eqns=equations), values
+
+
+def _levels(jaxpr: core.Jaxpr) -> list[list[list[core.JaxprEqn]]]:
+  """The equations, grouped in parts, in an order in which they can run. In a level those of numbers
+  come first; the others do not touch each other."""
   level: dict[core.Var, int] = {}
   levels: list[int] = []  # of each equation
   for equation in jaxpr.eqns:
@@ -91,8 +154,8 @@ def _parts(jaxpr: core.Jaxpr) -> list[list[core.JaxprEqn]]:
   parts = []
   for at in range(max(levels, default=-1) + 1):
     here = [e for e, level in zip(jaxpr.eqns, levels, strict=True) if level == at]
-    parts += [[equation] for equation in here if _is_scalar(equation)]
-    parts += _connected([equation for equation in here if not _is_scalar(equation)])
+    numbers = [[equation] for equation in here if _is_scalar(equation)]
+    parts.append(numbers + _connected([e for e in here if not _is_scalar(e)]))
   return parts
 
 
@@ -108,10 +171,23 @@ def _connected(equations: list[core.JaxprEqn]) -> list[list[core.JaxprEqn]]:
   return [[equations[i] for i in members] for members in groups.values()]
 
 
-def _program(
-  part: list[core.JaxprEqn], whole: core.Jaxpr
-) -> tuple[core.ClosedJaxpr, list[core.Var], list[core.Var]]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Part:
   """A part as a program of its own, what it reads, and what is read of it elsewhere."""
+
+  program: core.ClosedJaxpr
+  inputs: list[core.Var]
+  outputs: list[core.Var]
+  scalar: bool
+
+  @functools.cached_property
+  def key(self) -> str:
+    """The same for parts that do the same."""
+    hidden = _hides_constants(self.program.jaxpr)
+    return str(id(self.program.jaxpr.eqns[0])) if hidden else str(self.program)
+
+
+def _made(part: list[core.JaxprEqn], whole: core.Jaxpr) -> _Part:
   inside = {id(equation) for equation in part}
   made = dict.fromkeys(out for equation in part for out in equation.outvars)
   read = dict.fromkeys(v for equation in part for v in _variables(equation.invars))
@@ -121,7 +197,7 @@ def _program(
   outputs = [v for v in made if v in wanted]
   effects = frozenset().union(*(equation.effects for equation in part))
   jaxpr = core.Jaxpr((), inputs, outputs, part, effects, whole.debug_info.with_unknown_names())
-  return core.ClosedJaxpr(jaxpr, ()), inputs, outputs
+  return _Part(core.ClosedJaxpr(jaxpr, ()), inputs, outputs, _is_scalar(part[0]))
 
 
 def _is_scalar(what: core.JaxprEqn | list[core.JaxprEqn]) -> bool:

@@ -12,6 +12,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mgen_jax.parallel import rules
@@ -56,13 +57,31 @@ def averaged(state: TrainState) -> Any:
 
 def stream_key(seed: int, stream: str, step: int | jax.Array) -> jax.Array:
   """The key of a named random stream at a step."""
-  key = jax.random.fold_in(jax.random.key(seed, impl=threefry.KEYS), zlib.crc32(stream.encode()))
+  key = jax.random.fold_in(jax.random.key(seed, impl=threefry.KEYS), _number(stream))
   return jax.random.fold_in(key, step)
 
 
-def example_keys(seed: int, stream: str, step: int | jax.Array, examples: int) -> jax.Array:
-  """One key for each example of the global batch, [examples]: the same on every mesh."""
-  return jax.random.split(stream_key(seed, stream, step), examples)
+def example_keys(
+  seed: int, stream: str, step: int | jax.Array, examples: int | jax.Array
+) -> jax.Array:
+  """One key for each example of the global batch, the same on every mesh.
+
+  Args:
+    seed, stream, step: see `stream_key`.
+    examples: how many there are, or which of them are meant, [n].
+  """
+  which = jnp.arange(examples) if isinstance(examples, int) else examples
+  # Bit for bit what splitting the stream's key gives. All of it is done for each example, so that
+  # the program needs no second Threefry for a single key, only the one of the examples' own draws.
+  seeds = jnp.full(which.shape, np.int64(seed).astype(np.int32))  # the 32 bits that JAX reads of it
+  keys = jax.vmap(lambda seed: jax.random.key(seed, impl=threefry.KEYS))(seeds)
+  for data in (_number(stream), step, which):
+    keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(data, which.shape))
+  return keys
+
+
+def _number(stream: str) -> np.uint32:
+  return np.uint32(zlib.crc32(stream.encode()))
 
 
 def init_params(task: Task, key: jax.Array) -> Any:

@@ -52,7 +52,8 @@ def loss_and_gradients(
 ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
   """Mean of a `loss`, metrics and gradients over a batch, in `accumulate` passes of equal size.
 
-  Every example has its own key, so the split changes the order of summation and nothing else.
+  Every example has its own key (or number, of which `loss` makes it), so the split changes the
+  order of summation and nothing else.
   """
   if accumulate == 1:
     (total, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch, keys)
@@ -138,20 +139,29 @@ def make_train_step(
     new = (params, opt_state, ema)
     old = (state.params, state.opt_state, state.ema)
     kept = jax.tree.map(lambda a, b: jax.lax.select(good, a, b), new, old)
-    return norm, verdict, (*kept, history)
+    lr = jnp.asarray(schedule(state.step), jnp.float32)
+    return norm, lr, verdict, (*kept, history)
 
-  def held_objective(step: jax.Array, frozen: Any) -> Callable[..., Any]:
+  def drawn_objective(step: jax.Array, frozen: Any) -> Callable[..., Any]:
     inner = objective(task, step, frozen)
-    return lambda params, *inputs: inner(parameters.held(params, contents.frozen), *inputs)
+
+    def drawn(params, batch, numbers):  # of the examples in the batch
+      keys = state_lib.example_keys(seed, "train", step, numbers)
+      return inner(parameters.held(params, contents.frozen), batch, keys)
+
+    return drawn
 
   def train_step(state: TrainState, batch: Batch, frozen: Any = None):
     examples = jax.tree.leaves(batch)[0].shape[0]
-    keys = state_lib.example_keys(seed, "train", state.step, examples)
     loss, metrics, gradients = loss_and_gradients(
-      held_objective(state.step, frozen), state.params, batch, keys, passes(examples)
+      drawn_objective(state.step, frozen),
+      state.params,
+      batch,
+      jnp.arange(examples),
+      passes(examples),
     )
-    norm, verdict, changed = outline(update)(state, loss, gradients)
-    lr = jnp.asarray(schedule(state.step), jnp.float32)
+    shardings = layout, layout.step, layout.params
+    norm, lr, verdict, changed = outline(update, shardings)(state, loss, gradients)
     metrics = {
       **metrics,
       "loss": loss,

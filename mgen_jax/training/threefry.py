@@ -22,35 +22,50 @@ _FEW = 4  # keys or numbers that are made one by one, by the program that makes 
 
 
 @jax.custom_batching.custom_vmap
-def _hash(first: Array, second: Array, high: Array, low: Array) -> tuple[Array, Array]:
-  """The two words of each counter (high, low) [...] under a key of two words, all uint32."""
-  return _rounds(first, second, high, low)
+def _hash(key: Array, counter: Array) -> tuple[Array, Array]:
+  """The two words of the counters (0, counter) [...] under keys [..., 2], all uint32."""
+  return _rounds(key, counter)
 
 
 @_hash.def_vmap
-def _hash_of_many(size, batched, *words):
+def _hash_of_many(size, batched, key, counter):
   """The same program for many keys, many counters, or both."""
-  lead = [
-    w if b else jnp.broadcast_to(w, (size, *w.shape)) for w, b in zip(words, batched, strict=True)
-  ]
-  rank = max(w.ndim for w in lead)
-  aligned = [w.reshape(w.shape + (1,) * (rank - w.ndim)) for w in lead]
-  return _hash(*aligned), (True, True)
+  key, counter = (
+    x if b else jnp.broadcast_to(x, (size, *x.shape))
+    for x, b in zip((key, counter), batched, strict=True)
+  )
+  rank = max(key.ndim - 1, counter.ndim)
+  key = key.reshape(*key.shape[:-1], *(1,) * (rank - key.ndim + 1), 2)
+  return _hash(key, counter.reshape(counter.shape + (1,) * (rank - counter.ndim))), (True, True)
 
 
 @jax.jit
-def _rounds(first: Array, second: Array, high: Array, low: Array) -> tuple[Array, Array]:
+def _rounds(key: Array, counter: Array) -> tuple[Array, Array]:
   def turn(carry, inputs):
     a, b, (one, two, three) = carry
     number, rotations = inputs
     for rotation in rotations:
-      a = a + b
-      b = a ^ (b << rotation | b >> (32 - rotation))
+      a, b = _round(a, b, rotation)
     return (a + two, b + three + number, (two, three, one)), None
 
-  start = (high + first, low + second, (first, second, first ^ second ^ _PARITY))
+  first, second = key[..., 0], key[..., 1]
+  shape = jnp.broadcast_shapes(first.shape, counter.shape)
+  words = first, second, first ^ second ^ _PARITY
+  start = jnp.broadcast_to(first, shape), counter + second, words
   numbers = np.arange(1, len(_ROTATIONS) + 1, dtype=np.uint32)
   return jax.lax.scan(turn, start, (numbers, _ROTATIONS))[0][:2]
+
+
+@jax.jit
+def _round(a: Array, b: Array, rotation: Array) -> tuple[Array, Array]:
+  a = a + b
+  return a, a ^ (b << rotation | b >> (32 - rotation))
+
+
+@jax.jit
+def _child(key: Array, counter: Array) -> Array:
+  """The words of one counter as a key [2]."""
+  return jnp.stack(_hash(key, counter))
 
 
 def _draw(key: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
@@ -58,16 +73,18 @@ def _draw(key: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
   count = math.prod(shape)
   if count >= 1 << 32:
     raise ValueError(f"{shape} are more numbers than are drawn from one key: split it.")
-  zero = jnp.zeros((), jnp.uint32)
+  if count == 1:
+    return tuple(word.reshape(shape) for word in _hash(key, jnp.uint32(0)))
   if 0 < count <= _FEW:
-    words = [_hash(key[0], key[1], zero, zero + np.uint32(i)) for i in range(count)]
+    words = [_hash(key, jnp.uint32(i)) for i in range(count)]
     return tuple(jnp.stack(word).reshape(shape) for word in zip(*words, strict=True))
-  low = jnp.zeros(shape, jnp.uint32)
-  for dim in range(len(shape)):  # dimension by dimension, so that each device makes its own part
+  low = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+  for dim in range(len(shape) - 1):  # one by one, so that each device makes its own part
     stride = np.uint32(math.prod(shape[dim + 1 :]))
     low += stride * jax.lax.broadcasted_iota(jnp.uint32, shape, dim)
-  first, second = (jnp.broadcast_to(k, shape) if len(shape) == 1 else k for k in (key[0], key[1]))
-  return _hash(first, second, jnp.zeros_like(low), low)  # a row of numbers is a row of keys, too
+  if len(shape) == 1:  # a row of numbers is a row of keys, too
+    key = jnp.broadcast_to(key, (*shape, 2))
+  return _hash(key, low)
 
 
 def _seed(seed: Array) -> Array:
@@ -75,11 +92,14 @@ def _seed(seed: Array) -> Array:
 
 
 def _split(key: Array, shape: tuple[int, ...]) -> Array:
+  count = math.prod(shape)
+  if 0 < count <= _FEW:
+    return jnp.stack([_child(key, jnp.uint32(i)) for i in range(count)]).reshape(*shape, 2)
   return jnp.stack(_draw(key, shape), axis=-1)
 
 
 def _fold_in(key: Array, data: Array) -> Array:
-  return jnp.stack(_hash(key[0], key[1], jnp.zeros((), jnp.uint32), data.astype(jnp.uint32)))
+  return _child(key, data.astype(jnp.uint32))
 
 
 def _random_bits(key: Array, bit_width: int, shape: tuple[int, ...]) -> Array:

@@ -128,11 +128,13 @@ def fused(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
   lengths = None
   if mask is not None:
     order = jnp.argsort(~mask, axis=1, stable=True)[:, :, None, None]
-    k, v = (jnp.take_along_axis(x, order, axis=1) for x in (k, v))
+    k, v = (jnp.take_along_axis(x, order, axis=1, mode="promise_in_bounds") for x in (k, v))
     lengths = mask.sum(1, dtype=jnp.int32)
   elif m % 2:
     lengths = jnp.full(k.shape[:1], m, jnp.int32)
-  q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+  q, k, v = (
+    jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) if x.shape[1] % 2 else x for x in (q, k, v)
+  )
   return jax.nn.dot_product_attention(
     q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
   )[:, :n]

@@ -11,6 +11,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_lib
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
 
@@ -135,7 +136,7 @@ def _prepare(q, k, v, mask, blocks, **options):
   # A token attends to those of its own segment: queries are in segment 1, and so are the keys that
   # may be attended to. Queries that pad attend like others, and are cut off.
   allowed = jnp.ones(k.shape[:2], jnp.int32) if mask is None else mask.astype(jnp.int32)
-  allowed = jnp.pad(allowed, ((0, 0), (0, padded_m - m)))
+  allowed = _longer(allowed, padded_m)
   queries = jnp.ones((q.shape[0], padded_n), jnp.int32)
   return kernel, arrays, splash_lib.SegmentIds(q=queries, kv=allowed)
 
@@ -197,8 +198,13 @@ def _padded(length: int, multiple: int) -> int:
 
 def _tokens(x: Array, padded: int) -> Array:
   """[b, n, h, ...] -> [b, h, padded, ...], with zeros behind."""
-  x = jnp.pad(x, ((0, 0), (0, padded - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
-  return jnp.swapaxes(x, 1, 2)
+  return jnp.swapaxes(_longer(x, padded), 1, 2)
+
+
+def _longer(x: Array, length: int) -> Array:
+  """[b, n, ...] -> [b, length, ...], with zeros behind; shorter in a program than `jnp.pad` is."""
+  more = [(0, length - x.shape[1] if dim == 1 else 0, 0) for dim in range(x.ndim)]
+  return jax.lax.pad(x, np.zeros((), x.dtype), more)
 
 
 def _rows(x: Array, length: int) -> Array:
