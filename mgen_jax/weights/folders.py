@@ -158,7 +158,7 @@ def check_floats(folder: Path, tensors: Mapping[str, Tensor]) -> None:
   if wrong:
     name, tensor = next(iter(wrong.items()))
     raise UserError(
-      f"{folder / tensor.file}: {name} has dtype {tensor.dtype} ({len(wrong)} tensors in all): "
+      f"{folder / tensor.file}: {name} has dtype {tensor.dtype} ({len(wrong)} such): "
       f"weights are one of {', '.join(FLOATS)}; get them unquantised."
     )
 
