@@ -178,6 +178,8 @@ class Coder:
         keep = min(count, low + len(piece) - first)
         yield piece, (first - low) * stride, keep * stride
         first += count
+      if not first:
+        raise UserError(_NO_FRAMES)
 
     for (video,) in self._run(method, pieces(), out=1):
       yield video

@@ -213,6 +213,9 @@ def test_bad_input_is_named():
   ):
     with pytest.raises(UserError, match=words):
       list(coder.decode(chunks, 17))
+  for model in (LOCAL, GLOBAL):
+    with pytest.raises(UserError, match="0 frames"):
+      list(_coder(model, EXACT).decode([]))
   for wrong, words in (
     ({"mode": "halo"}, "unknown mode"),
     ({"frames": 12}, "do not divide by the autoencoder's stride 8"),
