@@ -199,7 +199,7 @@ def plot(rows: Sequence[common.Row], path: str) -> None:
     own = [row for row in rows if row["mode"] == mode]
     axes.plot([r["frames"] for r in own], [r["peak MiB"] for r in own], marker="o", label=mode)
   axes.set(xlabel="frames", ylabel="peak of the process, MiB")
-  axes.set_ylim(bottom=0)
+  axes.set_ylim(0, 1.1 * max(row["peak MiB"] for row in rows))
   axes.legend()
   fig.savefig(path, dpi=120)
 
