@@ -1,7 +1,7 @@
 """Encoding and decoding a clip against diffusers' video autoencoders, and the price of pieces.
 
   python -m benchmarks.autoencoder                       # frames/s and memory, diffusers beside it
-  python -m benchmarks.autoencoder --part=pieces --side=32   # 1,024 frames: memory by length, seams
+  python -m benchmarks.autoencoder --part=pieces --side=32 --plot=pieces.png   # memory, seams
 
 Part "clip": our 2.5D autoencoder (8x8x8, 16 channels) and diffusers' CogVideoX and Wan ones (4x8x8,
 16 channels), random weights, fp32, the width of each chosen so that all have about the same number
@@ -19,7 +19,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,33 +47,36 @@ PIECES = AutoencoderConfig(
   time_down=(0, 1),
   groups=4,
 )
-LENGTHS = (128, 256, 512, 1024, 4096)
-WHOLE = 1024  # frames that are coded at once, to compare with
+_WHOLE = 1024  # frames that are coded at once at most, to compare with
 _SETTLED = 64  # frames after which everything is compiled
 MODULES = ("mgen_jax", "AutoencoderKLCogVideoX", "AutoencoderKLWan")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> common.Row | None:
+  """Runs one part; returns what it saves."""
   parser = common.parser(__doc__, rounds=5)
   parser.add_argument("--part", choices=("clip", "pieces"), default="clip")
   parser.add_argument("--frames", type=int, default=16, help="Of the clip.")
   parser.add_argument("--side", type=int, default=64, help="Pixels of the clip's sides.")
+  lengths = (128, 256, 512, 1024)
+  parser.add_argument(
+    "--lengths", type=common.numbers, default=lengths, help="Frames of the clips that are cut up."
+  )
+  parser.add_argument("--plot", help="Save a picture of the memory (PNG) here; part pieces.")
   parser.add_argument("--child", help="What the benchmark starts itself as.")
-  flags = parser.parse_args()
+  flags = parser.parse_args(argv)
   cpu.keep_memory()  # as `main` does
   if flags.child:
     print(json.dumps(child(flags.child, flags.frames, flags.side)))
-  elif flags.part == "clip":
-    clip(flags)
-  else:
-    pieces(flags)
+    return None
+  return clip(flags) if flags.part == "clip" else pieces(flags)
 
 
 # --------------------------------------------------------------------------------------------------
 # One clip.
 
 
-def clip(flags: Any) -> None:
+def clip(flags: Any) -> common.Row:
   steps, counts = {}, {}
   for name in MODULES:
     steps[name], counts[name] = make(name, flags.frames, flags.side)
@@ -92,7 +95,7 @@ def clip(flags: Any) -> None:
         **run_child(name, flags),
       }
     )
-  common.report("encode and decode a clip", rows, flags.out)
+  return common.report("encode and decode a clip", rows, flags.out)
 
 
 def ratios(theirs: common.Times, ours: common.Times, their_frames: int, frames: int) -> str:
@@ -171,16 +174,34 @@ def init(model: AutoencoderConfig, side: int) -> Any:
 # Pieces.
 
 
-def pieces(flags: Any) -> None:
+def pieces(flags: Any) -> common.Row:
   rows = []
   for mode in ("blend", "exact", "whole"):
-    for length in LENGTHS:
-      if mode == "whole" and length > WHOLE:
-        continue  # that is what pieces are for
-      rows.append({"mode": mode, "frames": length, **run_child(f"{mode}:{length}", flags)})
+    for length in flags.lengths:
+      if mode != "whole" or length <= _WHOLE:
+        rows.append({"mode": mode, "frames": length, **run_child(f"{mode}:{length}", flags)})
   common.report("memory of encoding and decoding a long clip", rows, None)
-  seams = [seam(mode, flags.side) for mode in ("none", "blend", "exact")]
-  common.report(f"distance from coding {WHOLE} frames at once", seams, flags.out, memory=rows)
+  if flags.plot:
+    plot(rows, flags.plot)
+  frames = min(max(flags.lengths), _WHOLE)
+  seams = seam(frames, flags.side)
+  title = f"distance from coding {frames} frames at once"
+  return common.report(title, seams, flags.out, memory=rows)
+
+
+def plot(rows: Sequence[common.Row], path: str) -> None:
+  """A PNG of the peaks over the frames, one curve for each mode."""
+  from matplotlib import figure
+
+  fig = figure.Figure(figsize=(6, 4), layout="constrained")
+  axes = fig.subplots()
+  for mode in ("blend", "exact", "whole"):
+    own = [row for row in rows if row["mode"] == mode]
+    axes.plot([r["frames"] for r in own], [r["peak MiB"] for r in own], marker="o", label=mode)
+  axes.set(xlabel="frames", ylabel="peak of the process, MiB")
+  axes.set_ylim(0, 1.1 * max(row["peak MiB"] for row in rows))
+  axes.legend()
+  fig.savefig(path, dpi=120)
 
 
 def coder(model: AutoencoderConfig, mode: str, side: int) -> coding.Coder:
@@ -198,28 +219,33 @@ def perturbed(model: AutoencoderConfig, side: int) -> Any:
   return jax.tree.unflatten(tree, noisy)
 
 
-def seam(mode: str, side: int, frames: int = WHOLE) -> common.Row:
-  """Largest difference of the latents; largest and mean one of the frames that latents of the whole
-  are decoded to, over all and over the two next to each seam."""
+def seam(frames: int, side: int) -> list[common.Row]:
+  """For each mode the largest difference of the latents; largest and mean one of the frames that
+  latents of the whole are decoded to, over all and over the two next to each seam."""
   video = np.random.default_rng(0).uniform(-1, 1, (frames, side, side, 3)).astype(np.float32)
   apply = jax.jit(Autoencoder(PIECES).apply)
   whole, mean, _ = (
     np.asarray(x[0]) for x in apply({"params": perturbed(PIECES, side)}, video[None])
   )
-  pieces = coder(PIECES, mode, side)
-  means = np.concatenate([x for x, _ in pieces.encode([video])])
-  made = np.concatenate(list(pieces.decode([mean], frames)))
-  error = np.abs(made - whole).mean((1, 2, 3)) / np.abs(whole).mean()
   near = np.zeros(frames, bool)
   for place in range(32, frames, 32):
     near[place - 1 : place + 1] = True
-  return {
-    "mode": mode,
-    "latents": float(np.abs(means - mean).max()),
-    "largest": float(np.abs(made - whole).max()),
-    "mean, relative": float(error.mean()),
-    "beside seams": float(error[near].mean()),
-  }
+  rows = []
+  for mode in ("none", "blend", "exact"):
+    pieces = coder(PIECES, mode, side)
+    means = np.concatenate([x for x, _ in pieces.encode([video])])
+    made = np.concatenate(list(pieces.decode([mean], frames)))
+    error = np.abs(made - whole).mean((1, 2, 3)) / np.abs(whole).mean()
+    rows.append(
+      {
+        "mode": mode,
+        "latents": float(np.abs(means - mean).max()),
+        "largest": float(np.abs(made - whole).max()),
+        "mean, relative": float(error.mean()),
+        "beside seams": float(error[near].mean()),
+      }
+    )
+  return rows
 
 
 # --------------------------------------------------------------------------------------------------

@@ -125,4 +125,4 @@ def report(title: str, rows: Sequence[Row], out: str | None, **more: Any) -> Row
 def _plain(value: Any) -> str:
   if isinstance(value, float):
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
-  return str(value)
+  return "" if value is None else str(value)

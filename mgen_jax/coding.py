@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mgen_jax.errors import UserError
@@ -24,6 +25,8 @@ from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.tasks.autoencoder import MODEL
 
 Chunks = Iterable[np.ndarray]
+
+_NO_FRAMES = "a video of 0 frames cannot be coded: give at least 1."
 
 
 class Coder:
@@ -59,7 +62,8 @@ class Coder:
       Two arrays [t, H', W', C] fp32; all of them together have ceil(T / stride) latents.
 
     Raises:
-      UserError: no frame, sizes that the strides do not divide, values that are not finite.
+      UserError: no frame, sizes that the strides do not divide or that change, other channels than
+        three, values that are not finite.
     """
     checked = map(self._check_frames, frames)
     if self.tiling.mode == "blend":
@@ -82,8 +86,10 @@ class Coder:
       Chunks [n, H, W, 3] fp32 in about [-1, 1].
 
     Raises:
-      UserError: too few latents for `frames`.
+      UserError: too few latents for `frames`, other channels than the model's, values that are not
+        finite.
     """
+    latents = map(self._check_latents, latents)
     made = (
       self._decode_blend(latents) if self.tiling.mode == "blend" else self._decode_near(latents)
     )
@@ -111,7 +117,7 @@ class Coder:
       start += size
       buffer.drop(start)
     if not start:
-      raise UserError("a video of 0 frames cannot be encoded: give at least 1.")
+      raise UserError(_NO_FRAMES)
 
   def _near(self, frames: Chunks, part: str | None) -> Iterator[tuple[np.ndarray, int, int]]:
     """Pieces with the frames that their latents depend on, which begin on a multiple of the
@@ -125,7 +131,7 @@ class Coder:
       yield piece, first - low // stride, min(count, total - first)
       first += count
     if not first:
-      raise UserError("a video of 0 frames cannot be encoded: give at least 1.")
+      raise UserError(_NO_FRAMES)
 
   def _decode_blend(self, latents: Chunks) -> Iterator[np.ndarray]:
     """Pieces that overlap, cross-faded."""
@@ -157,7 +163,10 @@ class Coder:
     """Pieces with the latents (or features of the middle) that their frames depend on."""
     part, method = None, "decode"
     if tiling.attends_to_all_time(self.model):
-      whole = np.concatenate(list(latents))
+      chunks = list(latents)
+      if not chunks:
+        raise UserError(_NO_FRAMES)
+      whole = np.concatenate(chunks)
       latents, part, method = [self._whole("decode_middle", whole)[0]], "levels", "decode_levels"
     stride, count = self.model.time_stride, self.tiling.frames // self.model.time_stride
     reach = functools.partial(tiling.decoder_input, self.model, part=part)
@@ -169,6 +178,8 @@ class Coder:
         keep = min(count, low + len(piece) - first)
         yield piece, (first - low) * stride, keep * stride
         first += count
+      if not first:
+        raise UserError(_NO_FRAMES)
 
     for (video,) in self._run(method, pieces(), out=1):
       yield video
@@ -261,13 +272,30 @@ class Coder:
     return self._programs[method]
 
   def _check_frames(self, frames: np.ndarray) -> np.ndarray:
+    if frames.ndim != 4 or frames.shape[3] != 3:
+      raise UserError(f"frames of shape {frames.shape} are not [frames, height, width, 3].")
     self.model.latent_shape(max(1, len(frames)), *frames.shape[1:3])
-    if frames.dtype != np.uint8 and not np.isfinite(frames).all():
+    if frames.dtype == np.uint8:
+      return frames
+    if not jnp.issubdtype(frames.dtype, jnp.floating):
+      raise UserError(f"frames are {frames.dtype}: give uint8, or float in [-1, 1].")
+    return _finite(frames, "pixels", "give uint8, or float in [-1, 1]")
+
+  def _check_latents(self, latents: np.ndarray) -> np.ndarray:
+    channels = self.model.latent_channels
+    if latents.ndim != 4 or latents.shape[3] != channels:
       raise UserError(
-        f"{int((~np.isfinite(frames)).sum())} pixels are not finite: give uint8, or float in "
-        "[-1, 1]."
+        f"latents of shape {latents.shape} are not [times, height, width, {channels}]: decode them "
+        "with the autoencoder that made them."
       )
-    return frames
+    return _finite(latents, "values of the latents", "encode the video anew")
+
+
+def _finite(values: np.ndarray, what: str, fix: str) -> np.ndarray:
+  wrong = ~np.isfinite(values)
+  if wrong.any():
+    raise UserError(f"{int(wrong.sum())} {what} are not finite: {fix}.")
+  return values
 
 
 class _Buffer:
@@ -287,6 +315,9 @@ class _Buffer:
         self._ended = True
       elif self._held is None:
         self._held = chunk
+      elif chunk.shape[1:] != self._held.shape[1:]:
+        sizes = " to ".join(f"{x.shape[1]}x{x.shape[2]}" for x in (self._held, chunk))
+        raise UserError(f"the video changes its size, from {sizes} (height x width): cut it there.")
       else:
         self._held = np.concatenate([self._held, chunk])
     return self._end() >= end
@@ -295,7 +326,7 @@ class _Buffer:
     """Rows [first, end), fewer where the stream ends before."""
     self.reaches(end)
     if self._held is None:
-      raise UserError("a video of 0 frames cannot be coded: give at least 1.")
+      raise UserError(_NO_FRAMES)
     return self._held[first - self._start : end - self._start]
 
   def around(self, low: int, high: int, step: int = 1) -> tuple[int, np.ndarray]:

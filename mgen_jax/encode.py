@@ -321,7 +321,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   del argv
   for name in ("autoencoder", "videos", "out", "buckets"):
     if not values[name].value:
-      raise UserError(f"--{name} is missing: see --help.")
+      raise UserError(f"--{name} is missing: {values[name].help[0].lower()}{values[name].help[1:]}")
   cluster = distributed.choose(
     os.environ,
     cluster=values.cluster,

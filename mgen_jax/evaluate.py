@@ -455,6 +455,7 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_string("workdir", None, "Folder of the run, like runs/quickstart.", **to)
   flags.DEFINE_string("stage", None, "The evaluate stage; default: the last one.", **to)
   sample.define_sampler_flags(values)
+  flags.adopt_module_key_flags(sample, values)  # `--help` shows them too
 
 
 def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:

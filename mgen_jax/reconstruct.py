@@ -17,6 +17,7 @@ largest normalised latent norm (`tasks/autoencoder_losses.py`).
 import json
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -253,6 +254,12 @@ def film(
   info = media.probe(source)
   coder = coding.Coder(task.config.model, params, pieces, mesh)
   strides, seen = task.config.model.space_strides, 0
+  if fit == "refuse" and (info.height % strides[0] or info.width % strides[1]):
+    rows, columns = strides
+    raise UserError(
+      f"{source} is {info.width}x{info.height} and the autoencoder's strides are {columns}x{rows}: "
+      "--fit=pad gives it back in its own size, --fit=crop without its margin."
+    )
 
   def frames():
     nonlocal seen
@@ -298,15 +305,22 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
 
 def _film(work: Workdir, name: str, values: flags.FlagValues) -> None:
   coder = values.autoencoder or work.experiment.stages[name].autoencoders[0]
-  if values.out is None or coder not in work.experiment.stages[name].autoencoders:
-    known = ", ".join(work.experiment.stages[name].autoencoders)
-    raise UserError(f"--video needs --out=FILE.mp4, and --autoencoder one of: {known}.")
+  known = work.experiment.stages[name].autoencoders
+  if coder not in known:
+    raise UserError(f"--autoencoder={coder} is not compared in {name}: {suggest(coder, known)}")
+  source = Path(values.video)
+  if not source.is_file():
+    raise UserError(f"--video={source} is missing: name a file.")
+  if values.out is None:
+    raise UserError("--out is missing: name the file to write, like rebuilt.mp4.")
+  if Path(values.out).resolve() == source.resolve():
+    raise UserError(f"--out={values.out} is the film itself: name another file.")
   mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.local_devices())
   with mesh_lib.use(mesh):
     task, params, _ = runner.load_trained(work, coder, mesh)
   pieces = TilingConfig(mode=values.mode, batch=mesh_lib.batch_shards(mesh))
   count = film(task, params, mesh, values.video, values.out, pieces, values.fit)
-  print(f"{values.out}: {count} frames")
+  print(f"{values.out}: {count} frame{'s' * (count != 1)}")
 
 
 if __name__ == "__main__":

@@ -197,8 +197,25 @@ def test_bad_input_is_named():
   broken[3, 2, 1] = np.nan
   with pytest.raises(UserError, match="3 pixels are not finite"):
     list(coder.encode([broken]))
-  with pytest.raises(UserError, match="hold 16 frames, but 17"):
-    list(coder.decode([np.zeros((2, 2, 2, 4), np.float32)], 17))
+  for wrong, words in (
+    ([np.zeros((8, 16, 16, 4), np.uint8)], r"\(8, 16, 16, 4\) are not"),
+    ([np.zeros((8, 16, 16, 3), np.int64)], "frames are int64: give uint8"),
+    ([_video(8), _video(8)[:, :8]], "changes its size, from 16x16 to 8x16"),
+  ):
+    with pytest.raises(UserError, match=words):
+      list(coder.encode(wrong))
+  latents = np.zeros((2, 2, 2, 4), np.float32)
+  for chunks, words in (
+    ([latents], "hold 16 frames, but 17"),
+    ([latents[..., :3]], r"\(2, 2, 2, 3\) are not .* 4\]: decode them with"),
+    ([latents * np.nan], "32 values of the latents are not finite"),
+    ([], "0 frames"),
+  ):
+    with pytest.raises(UserError, match=words):
+      list(coder.decode(chunks, 17))
+  for model in (LOCAL, GLOBAL):
+    with pytest.raises(UserError, match="0 frames"):
+      list(_coder(model, EXACT).decode([]))
   for wrong, words in (
     ({"mode": "halo"}, "unknown mode"),
     ({"frames": 12}, "do not divide by the autoencoder's stride 8"),

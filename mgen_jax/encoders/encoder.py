@@ -158,7 +158,7 @@ class Encoder:
       Features, masks and (CLIP) pooled vectors.
 
     Raises:
-      UserError: the vocabulary is missing.
+      UserError: the vocabulary is missing, or what is given are no texts or no length.
     """
     if self.family == "clip_vision":
       raise UserError(f"{self.name} reads images: call embed_images.")
@@ -166,8 +166,13 @@ class Encoder:
       raise UserError("give a list of prompts, not one text: [prompt].")
     if not prompts:
       raise UserError("there are no prompts to embed: give at least one.")
-    if length is not None and not 0 < length <= self.length and self.family != "t5":
-      raise UserError(f"length {length} cannot be used: {self.name} reads 1 to {self.length}.")
+    for prompt in prompts:
+      if not isinstance(prompt, str):
+        raise UserError(f"{prompt!r} is not a text: a prompt is a string.")
+    limited = self.family != "t5"
+    if length is not None and (length < 1 or (limited and length > self.length)):
+      range_ = f"1 to {self.length}" if limited else "1 or more"
+      raise UserError(f"length {length} cannot be used: {self.name} reads {range_}.")
     if length is None:
       longest = max(len(self.batcher.tokenizer.encode(_clean(p))) for p in prompts)
       length = min(self.length, 16 * math.ceil(longest / 16))

@@ -58,6 +58,8 @@ class AutoencoderTaskConfig:
   def __post_init__(self):
     if self.perceptual not in ("auto", "lpips", "ms_ssim"):
       raise ConfigError(f"unknown perceptual {self.perceptual!r}: use 'auto', 'lpips' or 'ms_ssim'")
+    if self.image_weights is not None:
+      autoencoder_kl.check_layout(self.model)
     if self.perceptual == "lpips" and not self.lpips_weights:
       raise ConfigError(
         "perceptual is 'lpips' but lpips_weights is empty: name the files, or use 'ms_ssim'"

@@ -113,6 +113,7 @@ def import_image(tensors: Flat, config: AutoencoderConfig, what: str = "the file
   Raises:
     WeightsError: tensors are missing, left over or of another shape; all are listed.
   """
+  check_layout(config)
   tensors = {_modern(name): value for name, value in tensors.items()}
   shapes = tensor_shapes(config)
   # A linear map may be stored as a 1x1 convolution.
@@ -236,22 +237,37 @@ def _inflated(rule: Rule, value: np.ndarray, config: AutoencoderConfig) -> np.nd
   return volume
 
 
-def _check_exportable(config: AutoencoderConfig) -> None:
-  levels = len(config.multipliers)
-  reasons = {
-    "patch": config.has_patch,
-    "norm": config.norm != "group",
-    "kernel": config.kernel != 3,
-    "inflation": config.temporal and config.inflation == "3d",
-    "space_down": config.space_down != tuple(range(levels - 1)),
-    "decoder_res_blocks": config.decoder_res_blocks != config.res_blocks + 1,
-  }
-  wrong = [f"{key} {getattr(config, key)}" for key, bad in reasons.items() if bad]
+def check_layout(config: AutoencoderConfig) -> None:
+  """Raises WeightsError where no AutoencoderKL has the layers that the model has."""
+  wrong = _listed(config, _foreign_layers(config))
   if wrong:
     raise WeightsError(
-      f"diffusers' AutoencoderKL has no such model ({', '.join(wrong)}): only models with the"
-      " layout of Stable Diffusion's can be exported."
+      f"this model cannot start from an AutoencoderKL, which has no {wrong}: leave them at the "
+      "model's defaults."
     )
+
+
+def _check_exportable(config: AutoencoderConfig) -> None:
+  reasons = {
+    **_foreign_layers(config),
+    "inflation": config.temporal and config.inflation == "3d",
+    "space_down": config.space_down != tuple(range(len(config.multipliers) - 1)),
+    "decoder_res_blocks": config.decoder_res_blocks != config.res_blocks + 1,
+  }
+  wrong = _listed(config, reasons)
+  if wrong:
+    raise WeightsError(
+      f"diffusers' AutoencoderKL has no such model ({wrong}): only models with the layout of Stable"
+      " Diffusion's can be exported."
+    )
+
+
+def _foreign_layers(config: AutoencoderConfig) -> dict[str, bool]:
+  return {"patch": config.has_patch, "norm": config.norm != "group", "kernel": config.kernel != 3}
+
+
+def _listed(config: AutoencoderConfig, reasons: dict[str, bool]) -> str:
+  return ", ".join(f"{key} {getattr(config, key)}" for key, bad in reasons.items() if bad)
 
 
 def _inputs(config: AutoencoderConfig) -> tuple:

@@ -32,9 +32,8 @@ def read_tensors(path: Path | str) -> dict[str, np.ndarray]:
     read = [_read_file(file) for file in folders.Source(path).files]
     return {name: array for tensors in read for name, array in tensors.items()}
   if path.suffix in folders.PICKLED:
-    raise WeightsError(
-      f"{path} is a pickle, which can run code: convert it with safetensors.torch.save_file first."
-    )
+    how = folders.no_pickle([path], path.with_suffix(".safetensors"))
+    raise WeightsError(f"{path} is a pickle. {how}")
   return _read_file(path)
 
 

@@ -7,7 +7,8 @@ read, are refused. Not here: what the tensors mean (`rules.py`).
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,7 +127,11 @@ class Source:
   def _open(self, name: str) -> None:
     path = self.folder / name
     if path.suffix != ".safetensors":
-      raise UserError(f"{path} is not a safetensors file. {_how(path)}")
+      raise UserError(
+        f"{path} is a pickle. {no_pickle([path], path.with_suffix('.safetensors'))}"
+        if path.suffix in PICKLED
+        else f"{path} is not a safetensors file: name one, or a folder with its config.json."
+      )
     import safetensors  # a shared library: loaded where it is used
 
     try:
@@ -153,7 +158,7 @@ def check_floats(folder: Path, tensors: Mapping[str, Tensor]) -> None:
   if wrong:
     name, tensor = next(iter(wrong.items()))
     raise UserError(
-      f"{folder / tensor.file}: {name} has dtype {tensor.dtype} ({len(wrong)} tensors in all): "
+      f"{folder / tensor.file}: {name} has dtype {tensor.dtype} ({len(wrong)} such): "
       f"weights are one of {', '.join(FLOATS)}; get them unquantised."
     )
 
@@ -178,16 +183,28 @@ def read_json(path: Path) -> dict[str, Any]:
 def _nothing(folder: Path) -> str:
   pickled = sorted(path for path in folder.iterdir() if path.suffix in PICKLED)
   if pickled:
-    return f"{folder} holds pickled weights only ({pickled[0].name}). {_how(pickled[0])}"
+    stem = STEMS[1] if pickled[0].name.startswith(STEMS[1]) else STEMS[0]
+    how = no_pickle(pickled, folder / f"{stem}.safetensors")
+    return f"{folder} holds pickled weights only ({pickled[0].name}). {how}"
   return f"{folder} holds no model.safetensors and no model{_INDEX}: name a folder that does."
 
 
-def _how(path: Path) -> str:
+def no_pickle(paths: Sequence[Path], out: Path) -> str:
+  """Why pickles are not read, and a command that makes one file of safetensors of them where torch
+  is at hand: of dictionaries of tensors, or of ones that lie in a checkpoint."""
+  keys = "('ema', 'state_dict', 'model', 'module')"
+  lines = (
+    "import argparse, sys, torch; from safetensors.torch import save_file; "
+    "torch.serialization.add_safe_globals([argparse.Namespace]); "
+    "found = [torch.load(p, map_location='cpu', weights_only=True) for p in sys.argv[2:]]; "
+    f"found = [next((x[k] for k in {keys} if isinstance(x.get(k), dict)), x) for x in found]; "
+    "save_file({k: v.contiguous().clone() for x in found for k, v in x.items() "
+    "if torch.is_tensor(v)}, sys.argv[1])"
+  )
+  names = " ".join(shlex.quote(str(path)) for path in (out, *paths))
   return (
-    "A pickle can run code when it is read, so it is not: where you trust it, convert it with "
-    "torch (from safetensors.torch import save_file; "
-    f"save_file(torch.load({path.name!r}, weights_only=True), 'model.safetensors')), or get the "
-    "safetensors of the same model."
+    "A pickle can run code when it is read, so it is not: get the safetensors of the same model, "
+    f'or, where you trust it, make them with torch: python -c "{lines}" {names}'
   )
 
 

@@ -115,7 +115,7 @@ def _pick(source: Source, families: Mapping[str, Family], family: str | None) ->
   if family is None and len(known) > 1:
     raise UserError(f"{source.path} holds {' and '.join(known)}: name one of them (--tower).")
   if family is not None and family not in known:
-    raise UserError(f"{source.path} holds {' and '.join(known)}, and no {family}.")
+    raise UserError(f"{source.path} holds {' and '.join(known)}, no {family}: leave --tower out.")
   return known[0] if family is None else family
 
 

@@ -79,7 +79,9 @@ def save(
       saver.finish(partial)
       partial.rename(out)
     except OSError as error:
-      raise UserError(f"{out} could not be written ({error.strerror}): make room.") from error
+      raise UserError(
+        f"{out} could not be written ({error.strerror}): make room, or name another folder."
+      ) from error
     undo.pop_all()
   return stored.read(out, {matched.family.name: matched.family})
 

@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from benchmarks import (
+  autoencoder,
   common,
   compilation_cache,
   first_step,
@@ -56,6 +57,26 @@ def test_sides_that_differ_are_no_comparison(monkeypatch):
   monkeypatch.setattr(transformer_step, "torch_step", lambda *_, **__: lambda: 9.9)
   with pytest.raises(SystemExit, match="not the same step"):
     transformer_step.main([*SMALL, "--eager", "--rounds=1"])
+
+
+@pytest.mark.slow
+def test_long_clips_are_coded_in_pieces_and_drawn(tmp_path, monkeypatch):
+  """In this process, so that nothing but the columns can be told of the memory."""
+  here = lambda name, flags: autoencoder.child(name, flags.frames, flags.side)  # noqa: E731
+  monkeypatch.setattr(autoencoder, "run_child", here)
+  small = {"multipliers": (1,), "space_down": (), "time_down": (0,)}
+  monkeypatch.setattr(autoencoder, "PIECES", dataclasses.replace(autoencoder.PIECES, **small))
+  monkeypatch.setattr(autoencoder.cpu, "keep_memory", lambda: None)  # is of the whole process
+  flags = ["--part=pieces", "--side=16", "--lengths=64", f"--plot={tmp_path}/a.png"]
+  record = autoencoder.main([*flags, f"--out={tmp_path}/a.json"])
+  assert json.loads((tmp_path / "a.json").read_text()) == record
+  assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+  assert [(row["mode"], row["frames"]) for row in record["memory"]] == [
+    ("blend", 64), ("exact", 64), ("whole", 64),
+  ]  # fmt: skip
+  none, blend, exact = record["rows"]
+  assert exact["latents"] < 1e-4 and exact["largest"] < 1e-4
+  assert none["beside seams"] > blend["beside seams"] > 100 * exact["beside seams"]
 
 
 def test_encoders_are_compared_on_the_same_features(tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """Weights come in from public files and go out again bit for bit; what is wrong is said."""
 
+import argparse
 import dataclasses
 import gc
 import hashlib
 import json
 import mmap
 import os
+import shlex
 import subprocess
 import sys
 import tracemalloc
@@ -279,6 +281,8 @@ def test_other_faults_of_a_folder_are_one_sentence(tmp_path):
   (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04")
   with pytest.raises(UserError, match=r"pytorch_model\.bin.*can run code.*weights_only=True"):
     folders.Source(pickled)
+  with pytest.raises(UserError, match=r"config\.json is not a safetensors file: name"):
+    folders.Source(pickled / "config.json")
   with pytest.raises(UserError, match="is not a folder"):
     folders.Source(tmp_path / "nowhere")
   (pickled / "config.json").write_text("{")
@@ -288,6 +292,30 @@ def test_other_faults_of_a_folder_are_one_sentence(tmp_path):
   (other / "config.json").write_text('{"model_type": "gpt2"}')
   with pytest.raises(UserError, match="model_type 'gpt2', which is not known"):
     run(f"--source={other}", "--dry_run")
+
+
+def test_the_command_that_the_refusal_of_pickles_names_works(tmp_path):
+  """Two parts, each in a checkpoint with its arguments, of tensors that share their memory."""
+  torch = pytest.importorskip("torch", reason="needs torch, of the extra test")
+  folder = toys.write(tmp_path / "of one", "t5", toys.BYT5)
+  made = load_file(folder / "model.safetensors")
+  (folder / "model.safetensors").unlink()
+  held = {name: torch.tensor(value) for name, value in made.items()}
+  held["encoder.embed_tokens.weight"] = held["shared.weight"]
+  for part in range(2):
+    tensors = dict(list(held.items())[part::2])
+    whole = {"model": tensors, "epoch": 3, "args": argparse.Namespace(lr=1e-4)}
+    torch.save(whole, folder / f"pytorch_model-{part + 1}.bin")
+  with pytest.raises(UserError) as caught:
+    folders.Source(folder)
+  command = str(caught.value).split("make them with torch: ")[1]
+  command = command.replace("python", shlex.quote(sys.executable), 1)
+  subprocess.run(command, shell=True, check=True)
+  run(f"--source={folder}", f"--out={tmp_path / 'ours'}", "--dry_run")
+  found = load_file(folder / "model.safetensors")
+  assert set(found) == set(held)
+  for name, value in made.items():
+    np.testing.assert_array_equal(found[name], value)
 
 
 def test_the_named_encoder_must_be_what_the_folder_holds(tmp_path):

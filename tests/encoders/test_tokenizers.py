@@ -198,6 +198,8 @@ def test_what_cannot_be_embedded_is_said(t5, tmp_path):
   for call, words in (
     (lambda: t5("a text"), "a list of prompts"),
     (lambda: t5([]), "no prompts"),
+    (lambda: t5(["a", None]), "None is not a text"),
+    (lambda: t5(["a"], length=0), "length 0 cannot be used: .* reads 1 or more"),
     (lambda: t5.embed_images([]), "reads texts"),
     (lambda: t5.generate(["a"], 3), "only a LLaMA"),
     (lambda: encoders.load("any", tmp_path / "none"), "is not a folder"),

@@ -10,7 +10,7 @@ import pytest
 from flax import traverse_util
 
 from mgen_jax.config import OptimizerConfig
-from mgen_jax.errors import ConfigError
+from mgen_jax.errors import ConfigError, UserError
 from mgen_jax.models.autoencoder import AutoencoderConfig
 from mgen_jax.models.discriminator import DiscriminatorConfig
 from mgen_jax.parallel import mesh as mesh_lib
@@ -181,6 +181,13 @@ def test_an_image_autoencoder_is_where_training_starts(tmp_path):
     "temporal"
   }
   assert task.pretrained(("encoder", "decoder")) == {}  # an earlier stage gives them
+
+
+def test_image_weights_need_a_model_of_their_layout():
+  """Before anything is read: that of the toys has patches in place of its first convolution."""
+  model = AutoencoderConfig(patch=(1, 4, 4), norm="rms")
+  with pytest.raises(UserError, match=r"which has no patch \(1, 4, 4\), norm rms: leave them"):
+    AutoencoderTaskConfig(model=model, image_weights="vae.safetensors")
 
 
 def test_losses_that_cannot_be_are_refused():
