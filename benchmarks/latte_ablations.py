@@ -24,7 +24,7 @@ from mgen_jax import config as config_lib
 from mgen_jax.data import ingest, marbles
 from mgen_jax.data import sources as sources_lib
 from mgen_jax.evaluation import alignment, frechet
-from mgen_jax.sample import Generator
+from mgen_jax.generator import Generator
 from mgen_jax.training import metrics
 from mgen_jax.workdir import Workdir
 
