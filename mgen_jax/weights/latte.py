@@ -393,7 +393,7 @@ def _need(
   if wrong:
     has = ", ".join(f"{key} {' or '.join(map(str, wanted[key]))}" for key in wrong)
     is_ = ", ".join(f"{key} {found[key]}" for key in wrong)
-    raise WeightsError(f"{what} has {has}: a model of {is_} cannot take its weights.")
+    raise WeightsError(f"{what} has {has}: a model of {is_} cannot exchange weights with it.")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -413,7 +413,7 @@ def to_latte(params: Tree, config: LatteConfig, rows: int = 0, frames: int = 16)
     WeightsError: the model is none that the released code has.
   """
   _check_variant(config)
-  _need(config, "s_adaln", "the released Latte")
+  _need(config, "s_adaln", "the released Latte", encodings=("sincos",))
   rows = rows or 32 // config.patch
   return {
     "pos_embed": latte.patch_positions(config, rows, rows)[None],
@@ -429,7 +429,7 @@ def to_text_latte(params: Tree, config: LatteConfig) -> dict[str, np.ndarray]:
     WeightsError: the model is none that diffusers has.
   """
   _check_variant(config)
-  _need(config, "adaln_single", "the released text-to-video model")
+  _need(config, "adaln_single", "the released text-to-video model", encodings=("sincos",))
   if config.time_scale != 1:
     raise WeightsError(
       f"time_scale={config.time_scale:g} cannot be exported: diffusers computes the positions of "
