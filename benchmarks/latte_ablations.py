@@ -5,7 +5,9 @@
 
 For each arm: the Frechet distance of its samples to real clips on fixed features (see
 `mgen_jax/evaluation/frechet.py`; compare within the table only), how often the judge sees the
-colour, shape and direction of the class, the last training loss, seconds and parameters. Writes
+colour, shape and direction of the class, how often a colour, shape and direction of the world at
+all ("of_world"; an arm without condition has only this), the last training loss, seconds and
+parameters. Two rows give the distances a scale: other real clips, and those standing still. Writes
 the table as JSON, as Markdown, and as a picture beside it.
 """
 
@@ -23,8 +25,9 @@ import numpy as np
 from mgen_jax import config as config_lib
 from mgen_jax.data import ingest, marbles
 from mgen_jax.data import sources as sources_lib
+from mgen_jax.data.buckets import Bucket
 from mgen_jax.evaluation import alignment, frechet
-from mgen_jax.sample import Generator
+from mgen_jax.generator import Generator
 from mgen_jax.training import metrics
 from mgen_jax.workdir import Workdir
 
@@ -43,7 +46,7 @@ def arms(work: Workdir) -> list[str]:
   ]
 
 
-def real_clips(work: Workdir, name: str, bucket: Any, count: int) -> np.ndarray:
+def real_clips(work: Workdir, name: str, bucket: Bucket, count: int) -> np.ndarray:
   """uint8 [count, T, H, W, 3] of the data that a stage learned from, centre windows."""
   latents = config_lib.latents_of(work.experiment, name)
   index = ingest.load(work.folder(config_lib.ingest_of(work.experiment, latents)))
@@ -65,42 +68,85 @@ def prompts_of(world: marbles.WorldConfig, count: int) -> list[marbles.Prompt]:
   ]
 
 
+def of_world(videos: np.ndarray, world: marbles.WorldConfig) -> float:
+  """The share of videos in which the judge sees a colour, a shape and a direction of the world."""
+  seen = [marbles.judge(video, world) for video in videos]
+  known = [s.colour and s.shape and s.direction in world.motions for s in seen]
+  return round(float(np.mean([bool(k) for k in known])), 3)
+
+
+class _Real:
+  """Features of real clips, and rows of others of them, by the latents that stand for them."""
+
+  def __init__(self, work: Workdir, samples: int):
+    self._work, self._samples = work, samples
+    self._kept: dict[str, tuple[np.ndarray, list[Row]]] = {}
+
+  def of(self, name: str, bucket: Bucket) -> tuple[np.ndarray, list[Row]]:
+    """Those that a stage is compared with."""
+    latents = config_lib.latents_of(self._work.experiment, name)
+    if latents not in self._kept:
+      count = max(self._samples, 256)
+      clips = real_clips(self._work, name, bucket, count + self._samples)
+      clips, others = clips[: -self._samples], clips[-self._samples :]
+      features = frechet.random_clip_features(clips)
+      still = np.repeat(others[:, :1], others.shape[1], 1)
+      rows = [
+        {
+          "arm": f"{latents}: {title}",
+          "frechet": _distance(features, videos),
+          "of_world": of_world(videos, self._work.experiment.data.marbles.world),
+        }
+        for title, videos in (("other clips", others), ("standing still", still))
+      ]
+      self._kept[latents] = features, rows
+    return self._kept[latents]
+
+  def rows(self) -> list[Row]:
+    return [row for _, rows in self._kept.values() for row in rows]
+
+
+def _distance(real: np.ndarray, videos: np.ndarray) -> float:
+  return round(frechet.distance(real, frechet.random_clip_features(videos)), 4)
+
+
 def measure(work: Workdir, samples: int = 96, names: Sequence[str] | None = None) -> list[Row]:
-  """One row for each arm; see the docstring of this file."""
-  rows, real = [], {}  # features of real clips, by the latents that stand for them
+  """One row for each arm, then those of real clips; see the docstring of this file."""
+  rows, real = [], _Real(work, samples)
   world = work.experiment.data.marbles.world
   prompts = prompts_of(world, samples)
   for name in arms(work) if names is None else names:
     generator = Generator.load(work, name)
     bucket = max(generator.trained)
-    latents = config_lib.latents_of(work.experiment, name)
-    if latents not in real:
-      clips = real_clips(work, name, bucket, max(samples, 256))
-      real[latents] = frechet.random_clip_features(clips)
-    texts = [prompt.text for prompt in prompts]
+    features, _ = real.of(name, bucket)
+    told = generator.task.config.condition != "none"
+    texts = [prompt.text if told else "" for prompt in prompts]
     videos = generator.generate(texts, bucket, list(range(samples)))
     verdicts = [alignment.judge_video(v, p, world) for v, p in zip(videos, prompts, strict=True)]
     shares = alignment.accuracies(verdicts)
     losses = [line["loss"] for line in metrics.read(str(work.folder(name))) if "loss" in line]
+    asked = ("colour", "shape", "direction")
     rows.append(
       {
         "arm": name,
-        "frechet": round(frechet.distance(real[latents], frechet.random_clip_features(videos)), 4),
-        **{key: round(shares[key], 3) for key in ("colour", "shape", "direction")},
+        "frechet": _distance(features, videos),
+        **{key: round(shares[key], 3) if told else None for key in asked},
+        "of_world": of_world(videos, world),
         "loss": round(float(losses[-1]), 4) if losses else None,
         "seconds": work.done_record(name)["seconds"],
         "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(generator.params)),
       }
     )
     print(rows[-1], flush=True)
-  return rows
+  return rows + real.rows()
 
 
 def markdown(rows: Sequence[Row]) -> str:
-  """The rows as a table."""
+  """The rows as a table; "-" where there is no such figure."""
   keys = list(rows[0])
   lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
-  lines += ["| " + " | ".join(str(row[key]) for key in keys) + " |" for row in rows]
+  cells = [["-" if row.get(key) is None else str(row[key]) for key in keys] for row in rows]
+  lines += ["| " + " | ".join(row) + " |" for row in cells]
   return "\n".join(lines) + "\n"
 
 
@@ -110,16 +156,16 @@ def plot(rows: Sequence[Row], chance: dict[str, float]) -> Any:
 
   figure = figures.Figure(figsize=(11, 4), layout="constrained")
   left, right = figure.subplots(1, 2)
-  names = [row["arm"] for row in rows]
-  left.barh(names, [row["frechet"] for row in rows], color="#4477aa")
+  left.barh([row["arm"] for row in rows], [row["frechet"] for row in rows], color="#4477aa")
   left.set_xlabel("Frechet distance on fixed features (less is better)")
   left.invert_yaxis()
-  places = np.arange(len(rows))
+  asked = [row for row in rows if row.get("colour") is not None]
+  places = np.arange(len(asked))
   for offset, key, colour in ((-0.25, "colour", "#cc6677"), (0, "shape", "#ddaa33"),
                               (0.25, "direction", "#228833")):  # fmt: skip
-    right.bar(places + offset, [row[key] for row in rows], 0.25, label=key, color=colour)
+    right.bar(places + offset, [row[key] for row in asked], 0.25, label=key, color=colour)
     right.axhline(chance[key], color=colour, linewidth=0.8, linestyle=":")
-  right.set_xticks(places, names, rotation=40, ha="right")
+  right.set_xticks(places, [row["arm"] for row in asked], rotation=40, ha="right")
   right.set_ylabel("share that is right (dotted: chance)")
   right.set_ylim(0, 1)
   right.legend()

@@ -3,6 +3,7 @@
   python -m mgen_jax.main --config=experiments/latte_marbles.py --workdir=runs/latte_marbles
   python -m mgen_jax.main --config=experiments/latte_marbles.py:ucf_joint --workdir=runs/latte_joint
   python -m mgen_jax.sample --workdir=runs/latte_marbles --class="red circle moves left"
+  python -m benchmarks.latte_ablations --workdir=runs/latte_ffs      # where there is no condition
 
 Behind the colon stands whose twin it is:
 
@@ -18,7 +19,8 @@ and a direction; all objects are large. Three choices are the toy's own (what ea
 docs/numbers.md): it predicts the velocity on a schedule that ends in pure noise, where the motion
 is decided and where the paper's predicted noise has next to no loss; positions count in fours, so
 that few places and frames are told apart; and the first and last matrices are Adam's, since under
-Muon they grow until the positions are drowned.
+Muon they grow until the positions are drowned. Its text encoder stays as it is drawn, so that words
+are features apart from each other, like those of the frozen T5.
 """
 
 import itertools
@@ -107,6 +109,8 @@ def get_config(twin="ucf"):
   }
   task = _task(condition, 8 if joint else 0)
   if condition == "t2v":
+    # As the paper's T5 is: images would teach an encoder that the words of motion mean nothing.
+    learn["frozen"] = ("text",)
     stages["t2i"] = {**learn, "task": task, "steps": 500, "buckets": {f"b{IMAGE}": {"batch": 128}}}
   stages["latte"] = {**learn, "task": task, "steps": 2000, "buckets": clips}
   if condition == "t2v":

@@ -1,7 +1,13 @@
 # shellcheck shell=bash
 # What the launchers share: words to the user, dry runs, and restarts. To be sourced by bash, before a
-# launcher reads its own words: --dry-run as the first of them is taken away, and noted in `dry_run`.
+# launcher reads its own words: --dry-run as the first of them is taken away, and noted in `dry_run`;
+# --help prints the launcher's first lines.
 
+if [ "${1:-}" = --help ]; then
+  awk 'NR > 1 && !/^#/ { exit } /^# / || /^#$/ { sub(/^# ?/, ""); print }' "$0"
+  echo "Flags of the run: python -m mgen_jax.main --help"
+  exit 0
+fi
 dry_run=''
 if [ "${1:-}" = --dry-run ]; then
   dry_run=yes

@@ -94,7 +94,11 @@ def _set_up_logging() -> None:
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
-  """Like absl's own parser, with one sentence for what a config flag gets wrong."""
+  """Like absl's own parser, with one sentence for what a config flag gets wrong, and with a help
+  that is no fault (absl exits with 1)."""
+  if {"--help", "-h"} & set(argv[1:]):
+    app.usage(shorthelp=True, writeto_stdout=True)
+    sys.exit(0)
   try:
     return flags.FLAGS(_expand(argv))
   except UserError as error:

@@ -36,9 +36,9 @@ from mgen_jax.data import sources as sources_lib
 from mgen_jax.data.buckets import Bucket, parse_bucket
 from mgen_jax.errors import UserError, suggest
 from mgen_jax.evaluation import alignment, reconstruction, report
+from mgen_jax.generator import AnySampler, Generator, choose_bucket
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel import rules
-from mgen_jax.sample import AnySampler, Generator
 from mgen_jax.training import metrics
 from mgen_jax.workdir import Workdir
 
@@ -253,7 +253,7 @@ def _trained_bucket(generator: Generator, wanted: str) -> Bucket:
   """The bucket that the stage names, or another where a user's videos left it without examples."""
   if parse_bucket(wanted) in generator.trained:
     return parse_bucket(wanted)
-  bucket = sample.choose_bucket(generator.trained)
+  bucket = choose_bucket(generator.trained)
   logging.warning("no clip fitted bucket %s: samples are of %s", wanted, bucket.name)
   return bucket
 

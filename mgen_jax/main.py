@@ -33,7 +33,7 @@ from mgen_jax import (
 from mgen_jax import config as config_lib
 from mgen_jax.errors import UserError, suggest
 from mgen_jax.parallel import cpu
-from mgen_jax.training import runner
+from mgen_jax.training import runner, start
 from mgen_jax.workdir import Workdir
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="The experiment.")
@@ -92,6 +92,7 @@ def main(argv: Sequence[str]) -> None:
   cpu.keep_memory()
   config_lib.check_devices(experiment, jax.device_count(), jax.process_count(), stages)
   work = Workdir.create(_WORKDIR.value or f"runs/{experiment.name}", experiment)
+  start.check_weights(work, stages)
   if _CACHE.value == "off":
     jax.config.update("jax_enable_compilation_cache", False)
   kept = compilation_cache.choose(_CACHE.value, work.root, jax.default_backend())

@@ -17,7 +17,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from mgen_jax.errors import ConfigError, suggest
+from mgen_jax.errors import ConfigError, nearest, suggest
 
 _ONE_OF = "mgen_one_of"
 
@@ -143,8 +143,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
   if origin is typing.Literal:
     if value not in args:
       choices = ", ".join(repr(arg) for arg in args)
-      near = suggest(str(value), [str(arg) for arg in args])
-      raise ConfigError(f"{where} is {value!r}: it must be one of {choices}; {near}")
+      near = nearest(str(value), [str(arg) for arg in args])
+      hint = f'; did you mean "{near[0]}"?' if near else "."
+      raise ConfigError(f"{where} is {value!r}: it must be one of {choices}{hint}")
     return value
   if origin is tuple:
     return _convert_tuple(args, value, where)

@@ -94,28 +94,41 @@ def draw(root: Path | str, views: Sequence[StageView]) -> console.Group:
 
 
 def _overview(root: Path | str, views: Sequence[StageView]) -> table.Table:
-  made = table.Table(title=str(root), box=box.SIMPLE_HEAD, expand=True)
-  for name in ("stage", "kind", "state", "progress", "loss", "MFU", "data wait", "goodput"):
-    made.add_column(name, no_wrap=True, justify="left" if name in ("stage", "kind") else "right")
-  for view in views:
-    last = _last(view.lines)
-    state = {
-      "done": text.Text("done", "green"),
-      "running": text.Text("running", "bold yellow"),
-      "waiting": text.Text("waiting", "bright_black"),
-      "quiet": text.Text(f"nothing for {_duration(view.silent)}", "bold red"),
-    }[view.state]
-    progress = "" if view.seconds is None else _duration(view.seconds)
-    if view.steps and view.state != "done":
-      progress = f"{view.step}/{view.steps} {_left(view)}" if view.lines else f"0/{view.steps}"
-    made.add_row(
-      *(view.name, view.kind, state, progress),
-      _number(last.get("loss"), "{:.4f}"),
-      _number(last.get("mfu"), "{:.1%}"),
-      _number(last.get("data_wait"), "{:.0%}"),
-      _number(goodput.goodput(view.spent) if any(view.spent.values()) else None, "{:.0%}"),
-    )
+  rows = [_row(view) for view in views]
+  made = table.Table(title=str(root), box=box.SIMPLE_HEAD, expand=True, padding=(0, 1, 0, 0))
+  # MFU is known for some hardware only. Eighty columns must hold a row: what is left may wrap.
+  shown = [name for name in rows[0] if name != "MFU" or any(row[name] != "–" for row in rows)]
+  for name in shown:
+    left, wraps = name in ("stage", "kind"), name in ("progress", "state")
+    made.add_column(name, no_wrap=not wraps, justify="left" if left else "right")
+  for row in rows:
+    made.add_row(*(row[name] for name in shown))
   return made
+
+
+def _row(view: StageView) -> dict[str, str | text.Text]:
+  """What stands in the line of a stage, by column."""
+  last = _last(view.lines)
+  state = {
+    "done": text.Text("done", "green"),
+    "running": text.Text("running", "bold yellow"),
+    "waiting": text.Text("waiting", "bright_black"),
+    "quiet": text.Text(f"nothing for {_duration(view.silent)}", "bold red"),
+  }[view.state]
+  progress = "" if view.seconds is None else _duration(view.seconds)
+  if view.steps and view.state != "done":
+    progress = f"{view.step}/{view.steps} {_left(view)}" if view.lines else f"0/{view.steps}"
+  spent = goodput.goodput(view.spent) if any(view.spent.values()) else None
+  return {
+    "stage": view.name,
+    "kind": view.kind,
+    "state": state,
+    "progress": progress,
+    "loss": _number(last.get("loss"), "{:.4f}"),
+    "MFU": _number(last.get("mfu"), "{:.1%}"),
+    "data wait": _number(last.get("data_wait"), "{:.0%}"),
+    "goodput": _number(spent, "{:.0%}"),
+  }
 
 
 def _details(view: StageView) -> panel.Panel:

@@ -19,7 +19,7 @@ BELOW_TASKS = {
 BELOW_TRAINING = BELOW_TASKS | {"tasks", "config", "workdir"}
 LIBRARY = BELOW_TRAINING | {
   *("training", "coding", "planning", "evaluation", "cli", "compilation_cache"),
-  "distributed",
+  *("distributed", "generator"),
 }
 COMMANDS = {
   *("main", "ingest", "plan", "encode", "sample", "evaluate", "reconstruct", "convert"),
@@ -42,6 +42,7 @@ MAY_IMPORT = {
   "workdir": {"errors", "schema", "data", "config"},
   "training": BELOW_TRAINING - {"models", "diffusion", "encoders"},  # it knows no model
   "coding": BELOW_TASKS | {"tasks"},
+  "generator": BELOW_TRAINING | {"training"},  # draws with what it has trained
   "planning": BELOW_TRAINING | {"training"},  # compiles what training would run
   "evaluation": {"errors", "schema", "data", "models", "diffusion"},
   "cli": {"errors", "schema", "training"},

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from absl import flags
 
-from mgen_jax import average, config, sample, schema, tasks
+from mgen_jax import average, config, schema, tasks
 from mgen_jax.config import LoraConfig
 from mgen_jax.errors import ConfigError, UserError
+from mgen_jax.generator import Generator
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.training import lora, parameters, runner, start
 from mgen_jax.training import state as state_lib
@@ -143,7 +144,7 @@ def test_it_is_done_once_and_says_of_what(averaged):
 
 
 def test_it_is_sampled_evaluated_and_started_from(averaged):
-  generator = sample.Generator.load(averaged, "average")
+  generator = Generator.load(averaged, "average")
   assert generator.stage == "average" and generator.fps == 8
   assert {b.name for b in generator.trained} == {"1x32x32", "4x32x32", "8x32x48"}
   stage = averaged.experiment.stages["from_average"]

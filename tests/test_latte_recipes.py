@@ -7,6 +7,7 @@ from absl import flags
 
 from mgen_jax import config, sample
 from mgen_jax.errors import ConfigError, UserError
+from mgen_jax.training import start
 from mgen_jax.workdir import Workdir
 from tests.test_experiments import load
 
@@ -102,3 +103,14 @@ def test_a_recipe_that_cannot_be_is_refused_before_it_starts(experiment, changes
   with pytest.raises(ConfigError, match=message) as caught:
     config.resolve(made)
   assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_not_there_are_refused_before_the_first_stage(tmp_path):
+  experiment = load(ROOT / "experiments" / "latte_ablations.py").get_config("imagenet")
+  made = config.resolve(experiment)
+  work = Workdir(tmp_path, made)
+  with pytest.raises(UserError, match=r"latte.init_weights is .*DiT-XL-2.*is not there"):
+    start.check_weights(work, made.recipe)
+  start.check_weights(work, ("ingest", "autoencoder"))
+  (tmp_path / "latte" / "checkpoints").mkdir(parents=True)  # it has begun, and needs them no more
+  start.check_weights(work, made.recipe)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from absl import flags
 
+from mgen_jax import generator as generator_lib
 from mgen_jax import sample
 from mgen_jax.data import media
 from mgen_jax.data.buckets import Bucket
@@ -30,13 +31,13 @@ def work(tmp_path_factory) -> Workdir:
 
 
 @pytest.fixture(scope="module")
-def generator(work) -> sample.Generator:
-  return sample.Generator.load(work, devices=jax.devices()[:1])
+def generator(work) -> generator_lib.Generator:
+  return generator_lib.Generator.load(work, devices=jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
 def bucket(generator) -> Bucket:
-  return sample.choose_bucket(generator.trained)
+  return generator_lib.choose_bucket(generator.trained)
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +55,12 @@ def parse(*arguments: str) -> flags.FlagValues:
 @pytest.fixture
 def command(work, generator, monkeypatch):
   """Runs the command in this process, with the generator that is loaded and compiled."""
-  load = sample.Generator.load
+  load = generator_lib.Generator.load
 
   def loaded(run, stage=None, mesh=None):
     return load(run, stage, mesh=mesh) if stage or run.root != work.root else generator
 
-  monkeypatch.setattr(sample.Generator, "load", loaded)
+  monkeypatch.setattr(generator_lib.Generator, "load", loaded)
   return lambda *arguments: sample.main([], parse(*arguments))
 
 
@@ -88,7 +89,7 @@ def test_a_video_is_the_same_in_a_batch_of_another_size(generator, bucket, video
 
 
 def test_a_video_is_the_same_on_eight_devices(work, bucket, videos):
-  wide = sample.Generator.load(work, devices=jax.devices()[:8])
+  wide = generator_lib.Generator.load(work, devices=jax.devices()[:8])
   assert difference(wide.generate(PROMPTS, bucket, SEEDS), videos) <= 1
 
 
@@ -98,14 +99,14 @@ def test_a_video_is_the_same_with_its_guidance_split_over_the_devices(work, buck
   stage = dataclasses.replace(stage, task=dataclasses.replace(stage.task, sampler=sampler))
   stages = {**work.experiment.stages, "t2v": stage}
   split = Workdir(work.root, dataclasses.replace(work.experiment, stages=stages))
-  wide = sample.Generator.load(split, devices=jax.devices()[:8])
+  wide = generator_lib.Generator.load(split, devices=jax.devices()[:8])
   assert wide.mesh.shape["replica"] == 2
   assert difference(wide.generate(PROMPTS, bucket, SEEDS), videos) <= 1
 
 
 def test_a_video_is_the_same_with_its_tokens_split_over_the_devices(work, bucket, videos):
   mesh = MeshConfig(context=2, tensor=2)
-  wide = sample.Generator.load(work, devices=jax.devices()[:8], mesh=mesh)
+  wide = generator_lib.Generator.load(work, devices=jax.devices()[:8], mesh=mesh)
   assert wide.mesh.shape["fsdp"] == 2
   assert difference(wide.generate(PROMPTS, bucket, SEEDS), videos) <= 1
 
@@ -164,22 +165,23 @@ def test_samples_that_are_not_finite_are_an_error_that_says_so(generator, bucket
 
 
 def test_the_last_trained_stage_is_read_unless_another_is_named(work):
-  assert sample.Generator.load(work).stage == "t2v"
-  assert sample.Generator.load(work, "t2i").stage == "t2i"
+  assert generator_lib.Generator.load(work).stage == "t2v"
+  assert generator_lib.Generator.load(work, "t2i").stage == "t2i"
   with pytest.raises(UserError, match='did you mean "t2v"'):
-    sample.Generator.load(work, "t2w")
+    generator_lib.Generator.load(work, "t2w")
   with pytest.raises(UserError, match="--stage=autoencoder is not a stage"):
-    sample.Generator.load(work, "autoencoder")
+    generator_lib.Generator.load(work, "autoencoder")
 
 
 def test_the_frame_rate_is_that_of_the_data(work):
-  assert sample.frame_rate(work, "t2v") == work.experiment.data.marbles.fps
+  assert generator_lib.frame_rate(work, "t2v") == work.experiment.data.marbles.fps
   data = dataclasses.replace(work.experiment.data, videos="anywhere")
   own = Workdir(work.root, dataclasses.replace(work.experiment, data=data))
-  assert sample.frame_rate(own, "t2v") == work.experiment.data.marbles.fps  # as its clips say
+  # As its clips say.
+  assert generator_lib.frame_rate(own, "t2v") == work.experiment.data.marbles.fps
   data = dataclasses.replace(data, fps=24.0)
   own = Workdir(work.root, dataclasses.replace(own.experiment, data=data))
-  assert sample.frame_rate(own, "t2v") == 24
+  assert generator_lib.frame_rate(own, "t2v") == 24
 
 
 # Which shape.
@@ -204,7 +206,7 @@ TRAINED = {
   ],
 )
 def test_a_shape_is_chosen_by_length_and_aspect(frames, aspect, name):
-  assert sample.choose_bucket(TRAINED, frames, aspect).name == name
+  assert generator_lib.choose_bucket(TRAINED, frames, aspect).name == name
 
 
 @pytest.mark.parametrize(
@@ -219,7 +221,7 @@ def test_a_shape_is_chosen_by_length_and_aspect(frames, aspect, name):
 )
 def test_a_shape_that_was_not_trained_is_refused_with_the_nearest(frames, aspect, message):
   with pytest.raises(UserError, match=message):
-    sample.choose_bucket(TRAINED, frames, aspect)
+    generator_lib.choose_bucket(TRAINED, frames, aspect)
 
 
 # The files.

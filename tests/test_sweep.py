@@ -3,6 +3,8 @@
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 from absl import flags
@@ -77,3 +79,9 @@ def test_the_commands_of_the_guide_can_be_run(capsys):
       values = flags.FlagValues()
       {"average": average, "sample": sample}[name].define_flags(values)
       assert values([name, *arguments]) == [name]
+
+
+def test_help_is_no_fault():
+  command = [sys.executable, "-m", "mgen_jax.sweep", "--help"]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert done.returncode == 0 and "--vary" in done.stdout and not done.stderr

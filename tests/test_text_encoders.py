@@ -21,6 +21,7 @@ from mgen_jax.data.buckets import parse_bucket
 from mgen_jax.data.marbles import world
 from mgen_jax.encoders import StackConfig
 from mgen_jax.errors import ConfigError, UserError
+from mgen_jax.generator import Generator
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.planning import planner, topologies
 from mgen_jax.training import metrics, runner
@@ -216,7 +217,7 @@ def test_a_model_of_features_is_sampled_from_a_prompt(work):
   videos = {}
   prompts = ["a red circle moves left", 'a red circle says "hi"', "a red circle says hi", ""]
   for stage in STAGES:
-    generator = sample.Generator.load(work, stage, devices=jax.devices()[:1])
+    generator = Generator.load(work, stage, devices=jax.devices()[:1])
     videos[stage] = generator.generate(prompts, bucket, [3] * 4).astype(int)
   assert np.abs(videos["cached"] - videos["online"]).max() <= 2  # three steps of rounding apart
   for row in range(1, 4):

@@ -56,10 +56,19 @@ def write_stage(folder, lines):
   (folder / "goodput.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records))
 
 
-def shown(folder, now):
-  screen = Console(width=120, record=True, file=io.StringIO())
+def shown(folder, now, width=120):
+  screen = Console(width=width, record=True, file=io.StringIO())
   screen.print(watch.draw(folder, watch.look(folder, now)))
   return screen.export_text()
+
+
+def test_a_terminal_of_eighty_columns_holds_every_figure(run_folder):
+  now = (run_folder / "t2v").stat().st_mtime
+  wide, narrow = shown(run_folder, now).splitlines(), shown(run_folder, now, 80).splitlines()
+  (line,) = (line for line in narrow if line.split()[:1] == ["t2v"])
+  (full,) = (line for line in wide if line.split()[:1] == ["t2v"])
+  assert line.split()[-4:] == full.split()[-4:] and "41.0%" in line
+  assert not any("…" in row for row in narrow[: narrow.index(line)])
 
 
 def test_the_dashboard_shows_what_each_stage_does(run_folder):

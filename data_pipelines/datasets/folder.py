@@ -48,7 +48,6 @@ def write(
   layout, clips, out = layouts.layout(name), layouts.scan(name, source), Path(out)
   if Path(source).resolve() in (out.resolve(), *out.resolve().parents):
     raise UserError(f"--out={out} lies in --source={source}: name a folder outside of it.")
-  out.mkdir(parents=True, exist_ok=True)
   lines, short = [], 0
   for number, clip in enumerate(clips):
     made = 0

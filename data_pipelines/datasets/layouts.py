@@ -72,7 +72,8 @@ def _relative(root: Path, path: Path) -> str:
 def _describe(root: Path) -> str:
   """The first things in a folder, for a message."""
   names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in root.iterdir())
-  return f"found {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}" if names else "is empty"
+  more = " ..." if len(names) > 4 else ""
+  return f"found {', '.join(names[:4])}{more}" if names else "it is empty"
 
 
 def _wrong(root: Path, name: str, expected: str) -> UserError:

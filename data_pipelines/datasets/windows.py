@@ -68,7 +68,7 @@ def _decoded(path: Path) -> Iterator[av.VideoFrame]:
 def read(clip: SourceClip, wanted: np.ndarray) -> np.ndarray:
   """Some frames of a clip by number, rising: uint8 [n, H, W, 3]."""
   if isinstance(clip.frames, tuple):
-    return np.stack([np.asarray(Image.open(clip.frames[i]).convert("RGB")) for i in wanted])
+    return _stacked([clip.frames[i] for i in wanted])
   found, last = {}, int(wanted[-1])
   chosen = set(wanted.tolist())
   for number, frame in enumerate(_decoded(clip.frames)):
@@ -77,6 +77,23 @@ def read(clip: SourceClip, wanted: np.ndarray) -> np.ndarray:
     if number == last:
       break
   return np.stack([found[int(number)] for number in wanted])
+
+
+def _stacked(paths: list[Path]) -> np.ndarray:
+  """Picture files of one size: uint8 [n, H, W, 3]."""
+  frames = []
+  for path in paths:
+    try:
+      frames.append(np.asarray(Image.open(path).convert("RGB")))
+    except (OSError, Image.DecompressionBombError) as error:
+      raise UserError(f"{path} cannot be read ({error}): replace or remove it.") from error
+    if frames[-1].shape != frames[0].shape:
+      (height, width), (first, second) = frames[-1].shape[:2], frames[0].shape[:2]
+      raise UserError(
+        f"{path} is {height} x {width}, and {paths[0].name} of the same clip {first} x {second}: "
+        "give all frames of a clip one size."
+      )
+  return np.stack(frames)
 
 
 def resize(video: np.ndarray, size: int, method: str) -> np.ndarray:
@@ -88,7 +105,10 @@ def resize(video: np.ndarray, size: int, method: str) -> np.ndarray:
   height, width = video.shape[1:3]
   if method == "none":
     if (height, width) != (size, size):
-      raise UserError(f"frames are {height} x {width} and not {size} x {size}: resize them first.")
+      raise UserError(
+        f"its frames are {height} x {width} and not {size} x {size}: resize them, or give their "
+        "size as --size."
+      )
     return video
   short = min(height, width)
   if method == "square":
@@ -130,7 +150,11 @@ def windows(
   for number in range(count):
     rng = generator(seed, clip.id, number)
     chosen = indices(total, rng, spread=layout.spread, interval=interval)
-    video = resize(read(clip, chosen), size, layout.resize)
+    video = read(clip, chosen)
+    try:
+      video = resize(video, size, layout.resize)
+    except UserError as error:
+      raise UserError(f"clip {clip.id}: {error}") from error
     if layout.flip and rng.random() < 0.5:
       video = video[:, :, ::-1]
     yield np.ascontiguousarray(video)

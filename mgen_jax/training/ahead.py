@@ -34,6 +34,7 @@ class Ahead:
     self._batches, self._left = batches, count
     # After a fault all stop DELAY steps after the next one, which has its batch as well.
     self._early = interrupt.DELAY + 1 if jax.process_count() > 1 else 0
+    self._begun = False
     self._queue: collections.deque[Any] = collections.deque()
     self.fault: UserError | None = None
     self.fingerprint: str = batches.fingerprint
@@ -42,18 +43,31 @@ class Ahead:
     """The next batch.
 
     Raises:
-      UserError: with one process, that it cannot be read; with several, that too few can be read
-        for a first step.
+      UserError: with one process, that it cannot be read; with several, at the first batch only,
+        that one of them, or another process, can read too few to begin.
     """
+    if self._early and not self._begun:
+      self._begin()
     batch, self.fingerprint = self._queue.popleft() if self._queue else self._draw()
-    while self.fault is None and self._left and len(self._queue) < self._early:
+    self._fill(self._early)
+    return batch
+
+  def _begin(self) -> None:
+    """Draws the batches that are needed before anything that is told is heard: all processes have
+    them, or none takes a step. There is nothing to save either."""
+    self._begun = True
+    self._fill(self._early + 1)
+    short = self.fault is not None and len(self._queue) <= interrupt.DELAY
+    if multihost_utils.process_allgather(np.int32(short)).any():
+      raise self.fault or elsewhere()
+
+  def _fill(self, count: int) -> None:
+    """Draws until there are `count`, or a fault."""
+    while self.fault is None and self._left and len(self._queue) < count:
       try:
         self._queue.append(self._draw())
       except UserError as error:
-        if len(self._queue) < interrupt.DELAY:  # at the start: there is nothing to save either
-          raise
         self.fault = error
-    return batch
 
   def _draw(self) -> tuple[Any, str]:
     """The next batch, and the fingerprint up to it."""

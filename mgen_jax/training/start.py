@@ -5,7 +5,7 @@ what was left out. Not here: from where a run that was interrupted continues (`l
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +53,23 @@ def loader(
   if hasattr(task, "pretrained"):
     load = functools.partial(_load_files, work, name, task, load)
   return load
+
+
+def check_weights(work: Workdir, names: Sequence[str]) -> None:
+  """Raises UserError where a stage that has not begun is to start from weights that are not there.
+
+  Asked before the first stage, since it may be days until that one begins.
+  """
+  for name in names:
+    stage = work.experiment.stages[name]
+    if not isinstance(stage, TrainStage) or stage.init_weights is None:
+      continue
+    begun = (work.folder(name) / "checkpoints").exists()
+    if not begun and not Path(stage.init_weights).exists():
+      raise UserError(
+        f"config.stages.{name}.init_weights is {stage.init_weights}, which is not there: name a "
+        "safetensors file, or a folder that has one."
+      )
 
 
 def model_of(meta: Mapping[str, Any]) -> Task:

@@ -259,13 +259,16 @@ PIXART = _family(
 
 
 def from_latte(flat: Flat, config: LatteConfig) -> Tree:
-  """Parameters of variant 1 (or 2, its blocks in order) from the released names.
+  """Parameters of variant 1 from the released names.
+
+  Variant 2 has the same names and shapes, so it is refused here: its blocks would be those of other
+  places. Of a model with rotary time likewise, whose weights have seen no positions.
 
   Raises:
     WeightsError: names are missing or too many, or shapes differ (all are listed): another size,
       another variant, another number of classes.
   """
-  _need(config, "s_adaln", "the released Latte")
+  _need(config, "s_adaln", "the released Latte", encodings=("sincos",))
   return _assemble(flat, LATTE, config, "a Latte checkpoint")
 
 
@@ -283,7 +286,7 @@ def from_dit(flat: Flat, config: LatteConfig, fresh: Tree) -> Tree:
   Raises:
     WeightsError: it is no DiT of this size.
   """
-  _need(config, "s_adaln", "a model that starts from DiT")
+  _need(config, "s_adaln", "a model that starts from DiT", (1, 2))
   made = _assemble(flat, DIT, dataclasses.replace(config, classes=0), "a DiT checkpoint")
   if config.classes:
     made["classes"] = np.asarray(fresh["classes"])
@@ -296,7 +299,7 @@ def from_text_latte(flat: Flat, config: LatteConfig) -> Tree:
   Raises:
     WeightsError: see `from_latte`.
   """
-  _need(config, "adaln_single", "the released text-to-video model", (1,))
+  _need(config, "adaln_single", "the released text-to-video model", encodings=("sincos",))
   return _assemble(flat, TEXT_LATTE, config, "a LatteTransformer3DModel")
 
 
@@ -313,7 +316,7 @@ def from_pixart(flat: Flat, config: LatteConfig, fresh: Tree) -> Tree:
   Raises:
     WeightsError: it is no PixArt of this size.
   """
-  _need(config, "adaln_single", "a model that starts from PixArt", (1,))
+  _need(config, "adaln_single", "a model that starts from PixArt")
   made = _assemble(flat, PIXART, config, "a PixArtTransformer2DModel")
   temporal = jax.tree.map(np.asarray, fresh["layers"]["temporal"])
   return {**made, "layers": {**made["layers"], "temporal": temporal}}
@@ -372,15 +375,25 @@ def _assemble(flat: Flat, family: Family, config: LatteConfig, what: str) -> Tre
 
 
 def _need(
-  config: LatteConfig, conditioning: str, what: str, variants: tuple[int, ...] = (1, 2)
+  config: LatteConfig,
+  conditioning: str,
+  what: str,
+  variants: tuple[int, ...] = (1,),
+  encodings: tuple[str, ...] = ("sincos", "rotary"),
 ) -> None:
-  separate = config.variant in variants and config.embedding == "uniform"
-  if not separate or config.conditioning != conditioning:
-    raise WeightsError(
-      f"{what} has variant 1, embedding 'uniform' and conditioning {conditioning!r}: a model of "
-      f"variant {config.variant}, {config.embedding!r} and {config.conditioning!r} cannot take its "
-      "weights."
-    )
+  """Raises WeightsError where a model is none that the weights are of."""
+  wanted = {
+    "variant": variants,
+    "embedding": ("uniform",),
+    "conditioning": (conditioning,),
+    "time_encoding": encodings,
+  }
+  found = {key: getattr(config, key) for key in wanted}
+  wrong = [key for key in wanted if found[key] not in wanted[key]]
+  if wrong:
+    has = ", ".join(f"{key} {' or '.join(map(str, wanted[key]))}" for key in wrong)
+    is_ = ", ".join(f"{key} {found[key]}" for key in wrong)
+    raise WeightsError(f"{what} has {has}: a model of {is_} cannot exchange weights with it.")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -400,7 +413,7 @@ def to_latte(params: Tree, config: LatteConfig, rows: int = 0, frames: int = 16)
     WeightsError: the model is none that the released code has.
   """
   _check_variant(config)
-  _need(config, "s_adaln", "the released Latte")
+  _need(config, "s_adaln", "the released Latte", encodings=("sincos",))
   rows = rows or 32 // config.patch
   return {
     "pos_embed": latte.patch_positions(config, rows, rows)[None],
@@ -416,7 +429,7 @@ def to_text_latte(params: Tree, config: LatteConfig) -> dict[str, np.ndarray]:
     WeightsError: the model is none that diffusers has.
   """
   _check_variant(config)
-  _need(config, "adaln_single", "the released text-to-video model")
+  _need(config, "adaln_single", "the released text-to-video model", encodings=("sincos",))
   if config.time_scale != 1:
     raise WeightsError(
       f"time_scale={config.time_scale:g} cannot be exported: diffusers computes the positions of "

@@ -63,27 +63,38 @@ def save(
   Raises:
     UserError: `out` exists, the disk is full, or a tensor cannot be read.
   """
-  if out.exists():
-    raise UserError(f"{out} exists already: delete it, or name another folder.")
   if positions is not None and matched.family.name != "clip_text":
     raise UserError(f"--positions is of text towers: {matched.family.name} has no such table.")
-  check_floats(source, matched)
-  saver = _Saver(source, matched, mesh, dtype, positions, progress)
-  partial = out.with_name(f"{out.name}.partial")
-  shutil.rmtree(partial, ignore_errors=True)  # an earlier attempt's is of no use
-  with contextlib.ExitStack() as undo:
-    undo.callback(shutil.rmtree, partial, ignore_errors=True)
-    try:
-      partial.mkdir(parents=True)
-      stored.write(partial, saver.parameters())
-      saver.finish(partial)
-      partial.rename(out)
-    except OSError as error:
-      raise UserError(
-        f"{out} could not be written ({error.strerror}): make room, or name another folder."
-      ) from error
-    undo.pop_all()
+  with _whole(out) as partial:
+    check_floats(source, matched)
+    saver = _Saver(source, matched, mesh, dtype, positions, progress)
+    stored.write(partial, saver.parameters())
+    saver.finish(partial)
   return stored.read(out, {matched.family.name: matched.family})
+
+
+@contextlib.contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+  """A folder beside `out` to write to: at the end it becomes `out`, and after a fault it is gone.
+
+  Raises:
+    UserError: `out` exists, or something could not be written.
+  """
+  if out.exists():
+    raise UserError(f"{out} exists already: delete it, or name another folder.")
+  partial = out.with_name(f"{out.name}.partial")
+  shutil.rmtree(partial, ignore_errors=True)  # that of a process that was killed is of no use
+  try:
+    partial.mkdir(parents=True)
+    yield partial
+    partial.rename(out)
+  except OSError as error:
+    raise UserError(
+      f"{out} could not be written ({error.strerror}): check the folder, its permissions and the "
+      "free space."
+    ) from error
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 class _Saver:
@@ -290,7 +301,8 @@ def export(
   shard_bytes: int = 10 * 2**30,
   progress: Progress | None = None,
 ) -> tuple[list[Path], int, int]:
-  """Writes a folder of ours as safetensors under the names that they came with.
+  """Writes a folder of ours as safetensors under the names that they came with; it appears
+  when it is whole.
 
   Returns:
     The files; how many tensors have the very bits that they came with; how many there are.
@@ -298,8 +310,6 @@ def export(
   Raises:
     UserError: `out` exists, the disk is full, or a parameter is damaged.
   """
-  if out.exists():
-    raise UserError(f"{out} exists already: delete it, or name another folder.")
   listed = list(tensors(found))
   facts = found.sources | found.kept
   same = 0
@@ -312,18 +322,18 @@ def export(
       yield array
       del array  # before the next one is made
 
-  out.mkdir(parents=True)
-  written = folders.write_folder(
-    out, [tensor for tensor, _ in listed], arrays(),
-    stem=found.family.file, shard_bytes=shard_bytes, progress=progress,
-  )  # fmt: skip
-  config = found.family.to_hf(found.config)
-  if found.family.verbatim:
-    config |= found.source_config
-  write_text_atomic(out / folders.CONFIG_NAME, json.dumps(config, indent=2) + "\n")
-  for name in COPIED:
-    if (found.folder / name).is_file():
-      shutil.copyfile(found.folder / name, out / name)
-  manifest = {path.name: sha256_file(path) for path in written}
-  write_text_atomic(out / "SHA256.json", json.dumps(manifest, indent=2) + "\n")
-  return written, same, len(listed)
+  with _whole(out) as partial:
+    written = folders.write_folder(
+      partial, [tensor for tensor, _ in listed], arrays(),
+      stem=found.family.file, shard_bytes=shard_bytes, progress=progress,
+    )  # fmt: skip
+    config = found.family.to_hf(found.config)
+    if found.family.verbatim:
+      config |= found.source_config
+    write_text_atomic(partial / folders.CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+    for name in COPIED:
+      if (found.folder / name).is_file():
+        shutil.copyfile(found.folder / name, partial / name)
+    manifest = {path.name: sha256_file(path) for path in written}
+    write_text_atomic(partial / "SHA256.json", json.dumps(manifest, indent=2) + "\n")
+  return [out / path.name for path in written], same, len(listed)

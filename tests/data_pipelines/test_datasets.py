@@ -116,6 +116,25 @@ def test_another_layout_is_refused_with_what_was_expected_and_found(roots, name,
     layouts.scan(name, roots / other)
 
 
+def test_frames_that_cannot_be_used_are_named(roots, tmp_path):
+  _write_frames(tmp_path / "sky" / "a", _clip(8))
+  wanted = {"source": tmp_path / "sky", "out": tmp_path / "out", "size": 32}
+  wanted |= {"name": "sky_timelapse", "windows_per_clip": 3}
+  # One of three frames in a row is in the window, wherever it starts.
+  bad = [tmp_path / "sky" / "a" / f"frame_{number}.png" for number in (28, 29, 30)]
+  for path in bad:
+    media.write_image(path, _clip(8, 1, 48)[0])
+  with pytest.raises(UserError, match=r"frame_\d+.png is 48 x 32, and .* of the same clip 32 x 32"):
+    folder.write(**wanted)
+  for path in bad:
+    path.write_text("no picture")
+  with pytest.raises(UserError, match=r"frame_\d+.png cannot be read.*replace or remove it"):
+    folder.write(**wanted)
+  assert not (tmp_path / "out").exists()
+  with pytest.raises(UserError, match=r"clip c: its frames are 32 x 32 and not 256 x 256"):
+    folder.write("taichi_hd", roots / "taichi_hd", tmp_path / "out")
+
+
 def test_an_unknown_data_set_is_refused():
   with pytest.raises(ConfigError, match="ucf101"):
     layouts.layout("kinetics")

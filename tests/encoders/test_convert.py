@@ -351,8 +351,37 @@ def test_a_fault_on_the_way_leaves_nothing_behind(tmp_path, monkeypatch):
   assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_a_disk_that_takes_no_more_is_said_in_one_line(tmp_path):
+def test_a_fault_on_the_way_back_leaves_nothing_behind(tmp_path, monkeypatch):
+  run(f"--source={toys.write(tmp_path / 'hf', 't5', toys.BYT5)}", f"--out={tmp_path / 'ours'}")
+  (tmp_path / "back.partial").mkdir()  # of a process that was killed
+  read, count = stored.Stored.read_into, []
+
+  def failing(self, piece, out):
+    count.append(piece)
+    if len(count) == 5:
+      raise UserError("layer 4 is damaged")
+    read(self, piece, out)
+
+  with monkeypatch.context() as faulty:
+    faulty.setattr(stored.Stored, "read_into", failing)
+    with pytest.raises(UserError, match="damaged"):
+      run(f"--source={tmp_path / 'ours'}", f"--out={tmp_path / 'back'}", "--shard_gib=0.001")
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours"]
+  run(f"--source={tmp_path / 'ours'}", f"--out={tmp_path / 'back'}")
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hf", "ours"]
+  made = list((tmp_path / "back").glob("*.safetensors"))
+  assert made and json.loads((tmp_path / "back" / "SHA256.json").read_text()).keys() == {
+    path.name for path in made
+  }
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_disk_that_takes_no_more_is_said_in_one_line(tmp_path, back):
   source = toys.write(tmp_path / "hf", "t5", toys.BYT5)
+  if back:
+    run(f"--source={source}", f"--out={tmp_path / 'hf_ours'}")
+    source = tmp_path / "hf_ours"
+  before = sorted(path.name for path in tmp_path.iterdir())
   command = [sys.executable, "-m", "mgen_jax.convert", f"--source={source}", "--out=ours"]
   done = subprocess.run(
     ["sh", "-c", 'ulimit -f 4; exec "$@"', "sh", *command],
@@ -362,7 +391,7 @@ def test_a_disk_that_takes_no_more_is_said_in_one_line(tmp_path):
   assert done.returncode == 2
   assert "could not be written" in done.stderr and done.stderr.count("error: ") == 1
   assert "Traceback" not in done.stderr
-  assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+  assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_the_command_says_its_faults_in_one_line(tmp_path):

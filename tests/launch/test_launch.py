@@ -41,6 +41,19 @@ def test_scripts_are_clean(script):
   assert done.returncode == 0, done.stdout + done.stderr
 
 
+LAUNCHERS = [s for s in SCRIPTS if not s.endswith(("common.sh", "xla_flags.sh"))]
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_help_is_what_the_first_lines_say(script):
+  done = shell(script, "--help")
+  assert done.returncode == 0, done.stderr
+  first, *lines = done.stdout.splitlines()
+  assert first.endswith(":") and script in done.stdout  # what it does, and then a command
+  assert "SBATCH" not in done.stdout and not any(line.startswith("#") for line in lines)
+  assert len(lines) > 3
+
+
 def test_a_dry_run_prints_the_command_as_one_could_type_it():
   done = shell("launch/run.sh", "--dry-run", *FLAGS, PLATFORM="gpu", PYTHON="python3.11")
   assert done.returncode == 0, done.stderr

@@ -234,8 +234,11 @@ def test_a_stage_starts_from_dit_but_for_its_classes(tmp_path):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
+    ({"variant": 2}, "has variant 1: a model of variant 2 cannot exchange weights"),
     ({"variant": 3}, "of variant 3"),
-    ({"conditioning": "all_tokens"}, "'all_tokens' cannot take its weights"),
+    ({"conditioning": "all_tokens"}, "conditioning all_tokens cannot exchange weights"),
+    ({"time_encoding": "rotary"}, "has time_encoding sincos: a model of time_encoding rotary"),
+    ({"embedding": "compression"}, "has embedding uniform: a model of embedding compression"),
     ({"layers": 4}, "layers, .*missing: blocks.2"),
     ({"width": 48}, "misshaped: .*instead of"),
     ({"classes": 0}, "1 unmapped: y_embedder.embedding_table.weight"),

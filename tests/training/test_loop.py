@@ -203,11 +203,49 @@ def test_batches_that_are_drawn_early_are_no_part_of_what_a_checkpoint_says(monk
       return self.drawn - 1
 
   monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(ahead.multihost_utils, "process_allgather", lambda own: np.array([own, 0]))
   batches = Phases()
   upcoming = ahead.Ahead(batches, 6)
   seen = [(upcoming.fingerprint, next(upcoming)) for _ in range(6)]
   assert [batch for _, batch in seen] == list(range(6)) and batches.drawn == 6
   assert [said for said, _ in seen] == ["one phase"] * 4 + ["two phases"] * 2
+
+
+@pytest.mark.parametrize("readable", [0, 1, 2, 3, 4])
+def test_all_processes_have_the_first_batches_or_none_takes_a_step(monkeypatch, readable):
+  """A process acts on what another one tells two steps later: until then each must have data."""
+
+  class Batches:
+    drawn = 0
+    fingerprint = "one"
+
+    def __next__(self):
+      if self.drawn == readable:
+        raise UserError(f"record {readable} cannot be read")
+      self.drawn += 1
+      return self.drawn - 1
+
+  told = []
+
+  def gathered(own):
+    told.append(int(own))
+    return np.array([0, own])
+
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(ahead.multihost_utils, "process_allgather", gathered)
+  upcoming = ahead.Ahead(Batches(), 9)
+  if readable < 3:
+    with pytest.raises(UserError, match=f"record {readable} cannot be read"):
+      next(upcoming)
+  else:  # it has steps to go, and tells its fault in them
+    assert [next(upcoming) for _ in range(readable)] == list(range(readable))
+    assert upcoming.fault is not None
+  assert told == [int(readable < 3)]  # once
+
+  monkeypatch.setattr(ahead.multihost_utils, "process_allgather", lambda own: np.array([1, own]))
+  readable = 100
+  with pytest.raises(UserError, match="another process of this run cannot read its data"):
+    next(ahead.Ahead(Batches(), 9))
 
 
 def test_all_processes_stop_at_the_item_that_one_of_them_cannot_read(monkeypatch):

@@ -165,6 +165,15 @@ def test_two_processes_of_which_one_is_killed_then_one_then_four(whole, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("batch", [0, 2])
+def test_data_that_one_of_two_processes_cannot_read_at_the_start_end_both_alike(tmp_path, batch):
+  ended = moments.run_hosts(tmp_path, 2, last=(f"--breaks={batch}",))
+  assert [code for _, code in ended] == [2, 2], ended
+  assert "another process of this run cannot read its data" in ended[0][0]
+  assert f"record {batch} of a shard cannot be read" in ended[1][0]
+
+
+@pytest.mark.slow
 def test_data_that_only_one_of_two_processes_cannot_read_end_both_with_all_saved(whole, tmp_path):
   ended = moments.run_hosts(tmp_path, 2, last=("--breaks=14",))
   assert [code for _, code in ended] == [2, 2], ended
