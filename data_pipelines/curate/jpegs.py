@@ -1,7 +1,8 @@
-"""Damage in motion JPEG, whose frames are images of their own that FFmpeg's decoder fills up silently.
+"""Damage in motion JPEG, of which FFmpeg's decoder makes up what it cannot read without a word.
 
-A flipped bit makes what follows it in an image nonsense, which then ends before or after its data
-do. libjpeg notices that. Not here: reading the packets (`stages.packets`).
+Its frames are images of their own. A flipped bit makes what follows it in an image nonsense, which
+then ends before or after its data do; libjpeg notices that. Not here: reading the packets
+(`stages.packets`).
 """
 
 import re
