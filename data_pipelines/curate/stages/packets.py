@@ -8,6 +8,7 @@ that have some, and in motion JPEG by its images.
 
 import dataclasses
 import hashlib
+import importlib.metadata
 from typing import Any
 
 import av
@@ -26,7 +27,7 @@ class Packets(stage.SourceStage):
   columns = {"packets_md5": pa.string()}
 
   def scorer(self) -> str:
-    return "md5 of packets"
+    return f"md5 of packets, simplejpeg {importlib.metadata.version('simplejpeg')}"
 
   def score(self, path: str) -> dict[str, Any]:
     with open(path, "rb") as file:
