@@ -14,7 +14,7 @@ from typing import Any
 import av
 import pyarrow as pa
 
-from data_pipelines.curate import containers, jpegs, stage
+from data_pipelines.curate import containers, decode, jpegs, stage
 from mgen_jax.data import media
 
 
@@ -41,6 +41,7 @@ class Packets(stage.SourceStage):
       with media.open_media(path) as container:
         stream = media.video_stream(container, path)
         context = stream.codec_context
+        decode.expect(media.header_duration(container, stream))
         if context.name == "mjpeg":
           images = jpegs.Damage(context.width * context.height)
         for packet in container.demux(stream):

@@ -286,6 +286,15 @@ def jpeg(picture):
   return file.getvalue()
 
 
+def test_a_long_film_of_images_has_time(originals, tmp_path, monkeypatch):
+  announced = []
+  monkeypatch.setattr(decode, "_announce", announced.append)
+  path = tmp_path / "v.avi"
+  path.write_bytes(originals[".avi"])
+  Packets().score(path)
+  assert announced == [pytest.approx(1.5)]
+
+
 def test_what_most_images_of_a_film_have_is_a_habit_of_its_recorder():
   """Padding before the end, two fields in a packet: other players show these films well."""
   pictures = [jpeg(picture) for picture in moving(3, 1.0)[:10]]
