@@ -27,22 +27,22 @@ class Damage:
   def __init__(self, pixels: int):
     """`pixels` of a frame, of which no image may have more."""
     self._pixels = pixels
-    self._frames = 0
-    self._faults: list[tuple[int, str]] = []
+    self._frames = self._faulty = 0
+    self._first = ""
 
   def add(self, packet: bytes) -> None:
     """Looks at the next frame."""
     fault = next(_faults(packet, self._pixels), None)
     if fault is not None:
-      self._faults.append((self._frames, fault))
+      self._first = self._first or f"number {self._frames}: {fault}"
+      self._faulty += 1
     self._frames += 1
 
   def found(self) -> str | None:
     """What is wrong with which frame; None if nothing is, or if the video's writer is to blame."""
-    if not self._faults or len(self._faults) > self._frames / 2:
+    if not 0 < self._faulty <= self._frames / 2:
       return None
-    number, fault = self._faults[0]
-    return f"{len(self._faults)} of its {self._frames} images are; number {number}: {fault}"
+    return f"{self._faulty} of its {self._frames} images are; {self._first}"
 
 
 def _faults(packet: bytes, pixels: int) -> Iterator[str]:
