@@ -220,9 +220,15 @@ def _write_shard(
             fps=float(rows["fps"][row]),
             start=float(rows["start"][row]),
             arrays={**_arrays(means[row], logvars[row], clip, seed, stage.keep), **texts[row]},
-            info={"camera": clip.camera} if clip.camera else {},
+            info=_known(clip),
           )
         )
+
+
+def _known(clip: ingest.Clip) -> dict[str, str]:
+  """What leads from latents back to the media: the clip's path in its folder, which for curated
+  clips is their id in the table of where they came from; and its camera."""
+  return {"file": clip.path} | ({"camera": clip.camera} if clip.camera else {})
 
 
 def _arrays(

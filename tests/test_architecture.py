@@ -53,7 +53,8 @@ MAY_IMPORT = {
 
 # What only curation needs: mgen_jax imports none of it, and stages of curation know no engine.
 CURATION_PACKAGES = {
-  *("cv2", "duckdb", "faiss", "onnxruntime", "pdqhash", "rapidocr", "ray", "apache_beam")
+  *("cv2", "duckdb", "faiss", "onnxruntime", "pdqhash", "rapidocr", "ray"),
+  *("apache_beam", "simplejpeg"),
 }
 ENGINES = {"ray", "apache_beam"}
 ABOVE_STAGES = {

@@ -65,6 +65,15 @@ def test_manifest_and_statistics_name_the_autoencoder(encoded):
   np.testing.assert_allclose(statistics["std"], values.std(0), rtol=1e-6)
 
 
+def test_latents_name_the_file_that_they_are_of(origin, encoded):
+  lines = (origin.root / "videos" / "captions.jsonl").read_text().splitlines()
+  captions = {line["file"]: line["caption"] for line in map(json.loads, lines)}
+  sources = [records.open_records(path.parent) for path in encoded.rglob(records.MANIFEST_NAME)]
+  made = [source[number] for source in sources for number in range(len(source))]
+  assert len({each.info["file"] for each in made}) == len({each.id for each in made}) > 4
+  assert all(captions[each.info["file"]] == each.caption for each in made)
+
+
 def test_the_same_command_again_makes_only_what_is_missing(origin, encoded):
   before = contents(encoded)
   lost, kept = next(iter(before)), list(before)[1]

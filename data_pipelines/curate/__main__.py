@@ -17,7 +17,7 @@ can be set by a flag, like --config.text.max_score=0.5; a threshold only costs a
 import importlib.util
 import sys
 
-_NEEDED = ("cv2", "duckdb", "faiss", "pdqhash", "pyarrow", "rapidocr")
+_NEEDED = ("cv2", "duckdb", "faiss", "pdqhash", "pyarrow", "rapidocr", "simplejpeg")
 
 if __name__ == "__main__":
   missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]

@@ -363,6 +363,7 @@ def _encoded(plan: Plan, video: np.ndarray) -> bytes:
 
 def _modern(plan: Plan, video: np.ndarray) -> bytes:
   """HEVC or AV1, which nothing else here writes; without sound."""
+  os.environ.setdefault("SVT_LOG", "1")  # errors only: that encoder has no option for it
   file = io.BytesIO()
   name = {".mkv": "matroska"}.get(plan.suffix, plan.suffix[1:])
   with av.open(file, "w", format=name, options={"fflags": "+bitexact"}) as container:

@@ -173,7 +173,10 @@ def score(
     run.recipe.partitions,
     progress=lambda done, total: say("hashing files", done, total),
   )
-  totals: dict[str, Any] = {"sources": 0, "clips": 0, "units": 0}
+  units = 0
+  # By partition, the most that a phase has scored: what two phases score is not two.
+  files: collections.Counter[int] = collections.Counter()
+  clips: collections.Counter[int] = collections.Counter()
   with select.Catalogue(run.store, run.recipe) as catalogue:
     for phase, stages in enumerate(run.recipe.phases):
       if isinstance(stages[0], TableStage):
@@ -190,7 +193,7 @@ def score(
       results = engine.run(work.run_task, tasks) if dear else map(work.run_task, tasks)
       for number, _ in enumerate(results, start=1):
         say(name, number, len(tasks))
-      totals["units"] += len(tasks)
+      units += len(tasks)
       lost = [task.partition for task in tasks if not _is_done(run, task)]
       if lost:
         raise UserError(
@@ -199,10 +202,11 @@ def score(
         )
       for task in tasks:
         new = [commit.counters for commit in _commits(run, task) if commit is not None]
-        totals["sources"] += max(counters["new_sources"] for counters in new)
-        totals["clips"] += max(counters["new_clips"] for counters in new)
+        files |= collections.Counter({task.partition: max(c["new_sources"] for c in new)})
+        clips |= collections.Counter({task.partition: max(c["new_clips"] for c in new)})
       for stage in stages:
         catalogue.add(stage)
+  totals = {"sources": files.total(), "clips": clips.total(), "units": units}
   return totals | {"wall_s": time.monotonic() - began}
 
 

@@ -168,19 +168,20 @@ cpu.keep_memory()
 program = jax.jit(lambda x: jnp.tanh(jnp.outer(x, x) @ jnp.outer(x, x + 1)).sum())
 x = np.ones(2048, np.float32)
 faults = []
-for _ in range(10):
+for _ in range(12):
   program(x).block_until_ready()
   faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(faults[-1] - faults[-4])
+print(np.median(np.diff(faults)))
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is freed")
 def test_freed_memory_is_kept():
-  """48 MiB a call: three calls else wait for 36,000 pages and more."""
+  """48 MiB a call, which else waits for 12,000 pages and more. A call now and then still needs a new
+  piece, where what lies between those that were freed is in use."""
   flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
   done = subprocess.run(
     [sys.executable, "-c", PAGES], env=os.environ | flags, capture_output=True, text=True
   )
   assert done.returncode == 0, done.stderr
-  assert int(done.stdout) < 3_000
+  assert float(done.stdout) < 1_000

@@ -30,6 +30,7 @@ class Jitter(FrameStage):
   """
 
   name: ClassVar[str] = "jitter"
+  code: ClassVar[int] = 2
   live: ClassVar[bool] = True
   columns: ClassVar[dict[str, pa.DataType]] = {"shake": pa.float64()}
 
@@ -69,7 +70,8 @@ class _Observer:
     """[x, y] in short sides; None if the picture became another."""
     if self._window is None or self._window.shape != before.shape:
       self._window = cv2.createHanningWindow(before.shape[::-1], cv2.CV_32F)
-    shift, response = cv2.phaseCorrelate(before, after, self._window)
+    # Of copies: where the size suits its transform, OpenCV puts the window on what it is given.
+    shift, response = cv2.phaseCorrelate(before.copy(), after.copy(), self._window)
     if response >= _SURE:
       return np.array(shift) / min(before.shape)
     same = cv2.norm(before, after, cv2.NORM_L1) < _SAME * before.size

@@ -11,10 +11,11 @@ import time
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("cv2")
 
-from data_pipelines.curate import decode
+from data_pipelines.curate import decode, jpegs
 from data_pipelines.curate.decode import DecodeError, Guard, Limits, refuse_link
 from data_pipelines.curate.stages.motion import Motion
 from data_pipelines.curate.stages.packets import Packets
@@ -251,6 +252,71 @@ def _replaced(data, mark, value, offset, once=False):
   return bytes(data)
 
 
+def flipped_jpegs(original, count):
+  """Files of one flipped bit in an image's coded data, and the frame that it is in."""
+  rng = np.random.default_rng(1)
+  starts = [place for place in range(len(original)) if original.startswith(b"\xff\xda", place)]
+  for _ in range(count):
+    frame = int(rng.integers(len(starts)))
+    data = bytearray(original)
+    end = original.index(b"\xff\xd9", starts[frame])
+    data[int(rng.integers(starts[frame] + 20, end))] ^= 1 << int(rng.integers(8))
+    yield bytes(data), frame
+
+
+def test_images_of_motion_jpeg_that_end_before_their_data_are_damage(originals, tmp_path):
+  path = tmp_path / "v.avi"
+  path.write_bytes(originals[".avi"])
+  whole = Packets().score(path)
+  assert whole["packets_md5"] and "error_code" not in whole
+  found = []
+  for data, frame in flipped_jpegs(originals[".avi"], 30):
+    path.write_bytes(data)
+    scores = Packets().score(path)
+    if scores.get("error_code"):
+      assert scores["error_code"] == "damaged"
+      assert f"number {frame}:" in scores["error"]
+      found.append(frame)
+  assert len(found) >= 15
+
+
+def jpeg(picture):
+  file = io.BytesIO()
+  Image.fromarray(picture).save(file, "JPEG")
+  return file.getvalue()
+
+
+def test_a_long_film_of_images_has_time(originals, tmp_path, monkeypatch):
+  announced = []
+  monkeypatch.setattr(decode, "_announce", announced.append)
+  path = tmp_path / "v.avi"
+  path.write_bytes(originals[".avi"])
+  Packets().score(path)
+  assert announced == [pytest.approx(1.5)]
+
+
+def test_what_most_images_of_a_film_have_is_a_habit_of_its_recorder():
+  """Padding before the end, two fields in a packet: other players show these films well."""
+  pictures = [jpeg(picture) for picture in moving(3, 1.0)[:10]]
+  padded = [picture[:-2] + bytes([18] * 40) + picture[-2:] for picture in pictures]
+  fields = [picture + bytes(5) + picture for picture in pictures]
+  torn = fields[3][: -len(pictures[3]) // 2] + b"\xff\xd9"  # in its second field
+
+  def found(packets, pixels=1 << 20):
+    damage = jpegs.Damage(pixels)
+    for packet in packets:
+      damage.add(packet)
+    return damage.found()
+
+  assert found(pictures) is None
+  assert found(padded) is None
+  assert found([*pictures, padded[0]]).startswith("1 of its 11 images are; number 10:")
+  assert found(fields) is None
+  assert "number 3:" in found([*fields[:3], torn, *fields[4:]])
+  large = jpeg(np.zeros((2000, 2000, 3), np.uint8))
+  assert "2000 x 2000 pixels" in found([*pictures, large])
+
+
 MUTATIONS = {
   bit_flips: 200, truncation: 130, wrong_extension: 40, no_bytes: 10, huge_header: 60,
   absurd_duration: 60,
@@ -310,4 +376,4 @@ def test_no_mutant_of_500_does_harm(originals, tmp_path):
         path.unlink()
     assert guard.call(resident) - start < 100 << 20
     assert guard.started <= 3
-  assert len(kept) <= 5 and min(psnr for _, psnr in kept) > 40, (kept, counts)
+  assert len(kept) <= 4 and min(psnr for _, psnr in kept) > 40, (kept, counts)

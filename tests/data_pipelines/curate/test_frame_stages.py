@@ -250,6 +250,17 @@ def test_shake_is_seen_and_a_fast_pan_is_not(tmp_path):
   assert not fails(Jitter(), scores_of(Jitter(), sliding((6, 2), 36), 12, tmp_path))
 
 
+@pytest.mark.parametrize("height", [36, 37, 64])
+def test_grain_is_no_shake_at_any_size(height):
+  """Also where the sides suit a Fourier transform, which OpenCV then does on the picture itself."""
+  rng = np.random.default_rng(0)
+  observer = Jitter().observer({})
+  for index in range(30):
+    grain = np.uint8(128 + rng.normal(0, 2, (height, 64)))
+    observer.frame(Frame(index, index / 12, index, lambda form, width, grain=grain: grain))
+  assert observer.scores()["shake"] < 0.05
+
+
 # Camera
 
 

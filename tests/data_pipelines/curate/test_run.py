@@ -58,7 +58,7 @@ def first(videos, tmp_path_factory):
 def test_every_file_is_kept_or_rejected_with_a_reason(first):
   _, totals, table = first
   rows = table.to_pylist()
-  assert totals["sources"] == 14
+  assert (totals["sources"], totals["clips"]) == (14, 24)
   assert {row["path"] for row in rows} == {f"clip{n:03d}.mp4" for n in range(14)}
   assert sum(row["clip_id"] is not None for row in rows) == 24  # two of each that is a video
   assert all(row["keep"] == (row["first_fail"] is None) for row in rows)
