@@ -13,14 +13,14 @@ computes the same.
 """
 
 import ctypes
-import importlib.metadata
-import importlib.util
 import math
 import platform
 import sys
 from typing import NamedTuple
 
 import jax
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo
 
 # Options of XLA. Without YNNPACK's convolutions an autoencoder is four times as fast on four cores:
 # they use one. Reductions stay with it.
@@ -47,33 +47,22 @@ SHARE = 0.4
 _TRIED = ((0, 10), (0, 11), (0, 12))  # versions of JAX: a newer one may not know the options
 
 # The parameters of mallopt(3), with what keeps all that is freed: nothing is trimmed, nothing is
-# mapped apart, and all threads share one heap (a thread's own one is bounded, and maps the rest).
-_KEEP = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}
+# mapped apart, and no heap of a thread, of 64 MiB at most, is given back when it is empty. Threads
+# keep heaps of their own: with one for all, compilation and steps took four times as long.
+_KEEP = {"M_TRIM_THRESHOLD": (-1, -1), "M_TOP_PAD": (-2, 64 << 20), "M_MMAP_MAX": (-4, 0)}
 
 
 def keep_memory() -> None:
   """Has this process keep what it frees, for the next step, if it computes on its CPU.
 
-  For commands, which own their process, before JAX has started its backend: the heap of a thread
-  that already runs is bounded for good. Only glibc's allocator can be told. Not on hosts of
-  accelerators: there the memory of programs is elsewhere, and the threads that read data are
-  better off with heaps of their own.
+  For commands, which own their process; only glibc's allocator can be told. Not on hosts of
+  accelerators: there the memory of programs is elsewhere.
   """
-  if platform.libc_ver()[0] != "glibc" or not _computes_here():
+  if jax.default_backend() != "cpu" or platform.libc_ver()[0] != "glibc":
     return
   libc = ctypes.CDLL(None)
   for parameter, value in _KEEP.values():
     libc.mallopt(parameter, value)
-
-
-def _computes_here() -> bool:
-  """Whether JAX will compute on the CPU; starts its backend only where that cannot be told."""
-  if asked := jax.config.jax_platforms:
-    return asked.split(",")[0] == "cpu"
-  plugins = importlib.metadata.entry_points(group="jax_plugins")
-  if not plugins and importlib.util.find_spec("libtpu") is None:
-    return True
-  return jax.default_backend() == "cpu"
 
 
 def compiler_options(
@@ -127,10 +116,6 @@ def work(lowered: jax.stages.Lowered) -> tuple[list[Product], int]:
 
   The body of a loop counts once, and so does a function however often it is called.
   """
-  # Not above, where `keep_memory` would come after what these load: less memory was kept.
-  from jax.extend.mlir import ir
-  from jax.extend.mlir.dialects import stablehlo
-
   products, convolutions = [], 0
 
   def visit(operation: ir.Operation) -> ir.WalkResult:
