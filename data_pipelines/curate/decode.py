@@ -7,6 +7,7 @@ how one pass both finds the clips of a source and observes them is in `watch`.
 """
 
 import dataclasses
+import errno
 import multiprocessing
 import os
 import threading
@@ -362,16 +363,22 @@ def _serve(connection, limits: Limits) -> None:
       answer = ("done", function(*arguments))
     except DecodeError as error:
       answer = ("file", (error.code, str(error)))
-    except MemoryError:
-      _limit_memory(None)  # to be able to say so
-      connection.send(("file", ("out_of_memory", "A file needs more memory than it may.")))
-      return
     except UserError as error:  # of a setting or another file: a model, a text
       answer = ("user", str(error))
-    except Exception:
+    except Exception as error:
+      if _is_hunger(error):
+        _limit_memory(None)  # to be able to say so
+        connection.send(("file", ("out_of_memory", "A file needs more memory than it may.")))
+        return
       connection.send(("bug", traceback.format_exc()))
       raise
     connection.send(answer)
+
+
+def _is_hunger(error: Exception) -> bool:
+  """Whether it comes from a lack of memory, which a folder or a library that is opened reports too:
+  as an OSError or an ImportError."""
+  return isinstance(error, MemoryError) or os.strerror(errno.ENOMEM) in str(error)
 
 
 def _leave_with(parent: int) -> None:

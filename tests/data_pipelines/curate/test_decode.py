@@ -1,6 +1,7 @@
 """What one bad file may do to a run: nothing. 500 mutants, hangs, crashes and hunger for memory."""
 
 import collections
+import errno
 import io
 import os
 import struct
@@ -73,6 +74,10 @@ def curate(path):
   return "", watched
 
 
+def starves(kind):
+  raise kind(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
 def resident():
   with open("/proc/self/statm") as file:
     return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -99,6 +104,12 @@ def test_hangs_crashes_and_hunger_are_error_codes_and_the_next_file_is_fine():
       guard.call(stumbles)
     assert guard.call(hoards, 1) == 1
     assert guard.started == 5
+
+
+@pytest.mark.parametrize("kind", [OSError, ImportError])
+def test_a_folder_or_a_library_that_finds_no_memory_is_hunger_too(kind):
+  with Guard() as guard:
+    assert code_of(guard, starves, kind) == "out_of_memory"
 
 
 def test_a_long_file_has_a_later_deadline():
