@@ -2,12 +2,14 @@
 
   python -m benchmarks.latte_step
   python -m benchmarks.latte_step --sizes=S/2,B/2 --rounds=5 --out=latte.json
+  python -m benchmarks.latte_step --dtype=bfloat16
 
-Batch 1, 16 frames of 32x32x4 latents, fp32, all parameters redrawn. PyTorch's side is
-`benchmarks/torch_latte.py`, built from the published architecture (which repeats the condition
-for every token before the modulation, and has plain attention): eager, as the released code runs,
-or under `torch.compile` with --compile. Both use every core, and steps take turns. "ratio" is our
-time over PyTorch's, "cpu_ratio" that of the processor time. Needs torch, of the extra "test".
+Batch 1, 16 frames of 32x32x4 latents, all parameters redrawn, in fp32 or, on both sides, in bf16
+(PyTorch's by autocast). PyTorch's side is `benchmarks/torch_latte.py`, built from the published
+architecture (which repeats the condition for every token before the modulation, and has plain
+attention): eager, as the released code runs, or under `torch.compile` with --compile. Both use
+every core, and steps take turns. "ratio" is our time over PyTorch's, "cpu_ratio" that of the
+processor time. Needs torch, of the extra "test".
 """
 
 import os
@@ -56,7 +58,7 @@ def steps_of(
   def gradient(params, latents, target):
     def loss(params):
       made = latte.Latte(config).apply({"params": params}, latents, jnp.array([500]))
-      return jnp.square(made - target).mean()
+      return jnp.square(made.astype(jnp.float32) - target).mean()
 
     return jax.value_and_grad(loss)(params)
 
@@ -71,7 +73,9 @@ def steps_of(
 
   def reference() -> float:
     twin.zero_grad(set_to_none=True)
-    loss = (forward(theirs[0], torch.tensor([500])) - theirs[1]).square().mean()
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16"):
+      made = forward(theirs[0], torch.tensor([500]))
+    loss = (made.float() - theirs[1]).square().mean()
     loss.backward()
     return loss.item()
 
@@ -83,20 +87,24 @@ def main(argv: Sequence[str] | None = None) -> common.Row:
   parser = common.parser(__doc__, rounds=5)
   parser.add_argument("--sizes", default="S/2,B/2", help="Of Latte (default: S/2,B/2).")
   parser.add_argument("--compile", action="store_true", help="PyTorch under torch.compile.")
+  parser.add_argument(
+    "--dtype", default="float32", choices=("float32", "bfloat16"), help="Of both (float32)."
+  )
   parser.add_argument("--unroll", type=int, default=1, help="Pairs of layers in a loop's body.")
   args = parser.parse_args(argv)
   cpu.keep_memory()  # as `main` does
   rows = []
   for name in args.sizes.split(","):
     print(f"{name} ...", file=sys.stderr, flush=True)
-    steps = steps_of(latte.size(name, scan_unroll=args.unroll), compiled=args.compile)
+    config = latte.size(name, scan_unroll=args.unroll, dtype=args.dtype)
+    steps = steps_of(config, compiled=args.compile)
     first, second = steps["jax"](), steps["torch"]()
-    if abs(first - second) > 1e-4 * abs(second):
+    if abs(first - second) > (1e-4 if args.dtype == "float32" else 1e-2) * abs(second):
       raise SystemExit(f"{name}: losses {first} and {second}: this is not the same step.")
     times = common.interleave(steps, args.rounds, warm_up=1)
     milliseconds = {f"{k}_ms": 1e3 * statistics.median(t.wall) for k, t in times.items()}
     rows.append({"size": name, **milliseconds, **common.ratios(times["jax"], times["torch"])})
-  return common.report("Forward and backward of Latte, batch 1", rows, args.out)
+  return common.report(f"Forward and backward of Latte, batch 1, {args.dtype}", rows, args.out)
 
 
 if __name__ == "__main__":

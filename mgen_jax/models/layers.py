@@ -49,14 +49,13 @@ class Dense(nn.Module):
     kernel = self.param(
       "kernel", partitioned(self.kernel_init, *self.axes), (x.shape[-1], self.features)
     )
-    if self.inputs is None:
-      x = multiply(x.astype(self.dtype), kernel.astype(self.dtype))
-    else:
-      x = linear(x.astype(self.dtype), kernel, names=self.inputs, kernel_names=self.axes)
+    bias = None
     if self.use_bias:
       bias = self.param("bias", partitioned(nn.initializers.zeros, self.axes[1]), (self.features,))
-      x = x + bias.astype(self.dtype)
-    return x
+    x = x.astype(self.dtype)
+    if self.inputs is None:
+      return multiply(x, kernel, bias)
+    return linear(x, kernel, bias, names=self.inputs, kernel_names=self.axes)
 
 
 class Norm(nn.Module):

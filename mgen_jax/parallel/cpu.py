@@ -6,7 +6,8 @@
 - oneDNN, which is in jaxlib, makes the matrix products of encoders, which are large, and of those
   training steps whose products are (`chosen_for`). What makes them by default, YNNPACK, uses
   several cores worse; for the small ones of a toy's training step it is the better, since it does
-  what comes after them as well.
+  what comes after them as well. Products of bf16 are always its own: on cores with AMX they are the
+  hardware's (`linear.py` writes them so), where oneDNN's are of fp32.
 
 The choice follows from the program alone, never from a measurement: a run that is resumed
 computes the same.
@@ -99,16 +100,17 @@ class Product(NamedTuple):
   rows: int
   summed: int
   columns: int
+  half: bool  # of bf16, which XLA's own multiply in hardware: oneDNN is given fp32 for it
 
   @property
   def flops(self) -> int:
     """Of the whole batch."""
-    return 2 * math.prod(self)
+    return 2 * math.prod(self[:4])
 
   def is_large(self) -> bool:
     """Whether oneDNN is the better for each of them."""
-    sizes = self[1:]
-    return 2 * math.prod(sizes) >= LARGE and min(sizes) >= LEAST
+    sizes = self[1:4]
+    return not self.half and 2 * math.prod(sizes) >= LARGE and min(sizes) >= LEAST
 
 
 def work(lowered: jax.stages.Lowered) -> tuple[list[Product], int]:
@@ -129,7 +131,8 @@ def work(lowered: jax.stages.Lowered) -> tuple[list[Product], int]:
       summed = math.prod(left[axis] for axis in axes.lhs_contracting_dimensions)
       shared = max(1, batch * summed)  # arrays may be empty
       rows, columns = math.prod(left) // shared, math.prod(right) // shared
-      products.append(Product(batch, rows, summed, columns))
+      half = all(isinstance(x.type.element_type, ir.BF16Type) for x in operation.operands)
+      products.append(Product(batch, rows, summed, columns, half))
     return ir.WalkResult.ADVANCE
 
   lowered.compiler_ir().operation.walk(visit)

@@ -51,11 +51,11 @@ def test_a_version_of_jax_that_was_not_tried_is_left_alone(monkeypatch):
   assert cpu.compiler_options(mesh) is None
 
 
-def product(rows: int, columns: int = 512, batch: int = 1):
+def product(rows: int, columns: int = 512, batch: int = 1, dtype=jnp.float32):
   """`rows` x 512 times 512 x `columns`."""
   shapes = [(batch, rows, 512), (batch, 512, columns)]
   shapes = shapes if batch > 1 else [shape[1:] for shape in shapes]
-  return jnp.matmul, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  return jnp.matmul, [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
 
 
 def convolution(rows: int):
@@ -85,13 +85,14 @@ def scanned(rows: int):
   [
     (product(128), None),  # of a toy
     (product(4096), cpu.ONEDNN),
+    (product(4096, dtype=jnp.bfloat16), None),  # the hardware's, which oneDNN is not given
     (scanned(4096), cpu.ONEDNN),
     (product(1 << 16, columns=64), None),  # narrow, as between patches and latents
     (product(64, batch=256), None),  # many small ones, as attention has
     (convolution(128), cpu.CONVOLUTIONS),
     (convolution(4096), cpu.ONEDNN),  # these have the convolutions' options as well
   ],
-  ids=["toy", "large", "loop", "narrow", "batch", "convolution", "both"],
+  ids=["toy", "large", "half", "loop", "narrow", "batch", "convolution", "both"],
 )
 def test_a_step_is_compiled_by_what_it_computes(monkeypatch, program, wanted):
   function, arguments = program
@@ -109,7 +110,7 @@ def test_the_work_of_a_program_is_counted():
 
   arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((3, 4, 5), (3, 6, 5))]
   products, convolutions = cpu.work(jax.jit(program).lower(*arguments))
-  assert sorted(products) == [(1, 12, 5, 6), (3, 4, 5, 6)]
+  assert sorted(products) == [(1, 12, 5, 6, False), (3, 4, 5, 6, False)]
   assert convolutions == 0
 
 

@@ -81,7 +81,7 @@ def backward(
     dk, dv = sums
     q, lse, shared, dout = rows
     weights = jnp.exp(_scores(q, keys, mask) * scale - lse)
-    dscores = weights * (_product(dout, _flip(values)) - shared) * scale
+    dscores = weights * (_against(dout, values) - shared) * scale
     dscores = dscores.astype(q.dtype)
     # Summed over the rows as [d, m]: XLA's CPU backend takes twice as long for [m, d].
     dv += _product(_flip(dout), weights.astype(dout.dtype))
@@ -96,12 +96,21 @@ def backward(
 
 
 def _product(a: Array, b: Array) -> Array:
+  """[..., r, s] and [..., s, t] -> [..., r, t]."""
   return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _against(a: Array, b: Array) -> Array:
+  """[..., r, d] and [..., t, d] -> [..., r, t].
+
+  Not a product with a transposed matrix, which XLA's CPU backend turns into fp32 first.
+  """
+  return jnp.einsum("...rd,...td->...rt", a, b, preferred_element_type=jnp.float32)
 
 
 def _scores(q: Array, keys: Array, mask: Array | None) -> Array:
   """Not yet divided by the root of d, which fuses with what comes after the maximum."""
-  scores = _product(q, _flip(keys))
+  scores = _against(q, keys)
   return scores if mask is None else jnp.where(mask[:, None, None], scores, MASKED)
 
 
