@@ -32,7 +32,7 @@ from mgen_jax import cli
 from mgen_jax import config as config_lib
 from mgen_jax.config import AverageStage, Experiment, TrainStage
 from mgen_jax.data.buckets import Bucket, parse_bucket
-from mgen_jax.data.files import write_text_atomic
+from mgen_jax.data.files import make_folder, write_text_atomic
 from mgen_jax.errors import UserError, suggest
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.planning import apart, averaging, planner, report, sampling, topologies
@@ -97,6 +97,8 @@ def main(argv: Sequence[str]) -> None:
       "and --config.stages.NAME.buckets.BUCKET.batch."
     )
   topology = topologies.parse(_TOPOLOGY.value)
+  if _OUT.value:
+    make_folder(_stem(_OUT.value).parent, f"--out={_OUT.value}")
   experiment = config_lib.resolve(_CONFIG.value)
   name = pick_stage(experiment, _STAGE.value)
   if isinstance(experiment.stages[name], AverageStage):
@@ -215,8 +217,7 @@ def _plan_average(
   jax.config.update("jax_enable_compilation_cache", False)
   record = averaging.make_plan(experiment, name, topology, topologies.devices(topology))
   averaging.show(record, console)
-  if _OUT.value:
-    write_text_atomic(Path(_OUT.value), json.dumps(record, indent=2) + "\n")
+  save_record(record)
 
 
 def pick_stage(experiment: Experiment, name: str | None) -> str:
@@ -333,7 +334,6 @@ def save_record(record: dict[str, Any]) -> None:
   """Writes the JSON, if there is to be one: also of what is not yet complete."""
   if _OUT.value:
     stem = _stem(_OUT.value)
-    stem.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(stem.with_name(stem.name + ".json"), json.dumps(record, indent=2) + "\n")
 
 

@@ -65,12 +65,7 @@ class Workdir:
         )
     elif work.root.is_dir() and any(work.root.iterdir()):
       raise UserError(f"--workdir={root} holds other files and no run: name an empty folder.")
-    try:
-      work.root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise UserError(
-        f"--workdir={root} cannot be made ({error.strerror}): name another folder."
-      ) from error
+    files.make_folder(work.root, f"--workdir={root}")
     files.write_text_atomic(path, config_lib.to_json(experiment))
     return work
 

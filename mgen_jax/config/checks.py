@@ -57,7 +57,9 @@ def resolve(values: Mapping[str, Any] | config_dict.ConfigDict) -> Experiment:
           f"{suggest(stage.dataset, list(made.datasets))}"
         )
     elif isinstance(stage, EncodeStage):
-      _earlier(made, name, "autoencoder", stage.autoencoder, made.recipe[:index], *MODELS)
+      coder = _earlier(made, name, "autoencoder", stage.autoencoder, made.recipe[:index], *MODELS)
+      for bucket in stage.buckets:
+        _check_bucket(f"config.stages.{name}.buckets", coder, bucket, parse_bucket)
       if stage.ingest is not None:
         _earlier(made, name, "ingest", stage.ingest, made.recipe[:index], "ingest")
     elif isinstance(stage, EvaluateStage):

@@ -1,4 +1,4 @@
-"""Whole files or none: atomic text files, and the hash of a file.
+"""Whole files or none: atomic text files, the hash of a file, and the folder for results.
 
 Not an object-store layer: paths are of a local or mounted file system.
 """
@@ -37,6 +37,25 @@ def write_text_atomic(path: Path, text: str) -> None:
       f"{path} could not be written ({error.strerror}); check the folder, its permissions and the"
       " free space."
     ) from error
+
+
+def make_folder(folder: Path, flag: str) -> Path:
+  """Makes a folder that the user has named for results, to be called before they are worked for.
+
+  Args:
+    folder: it may exist.
+    flag: what named it, for the message: "--out=DIR".
+
+  Raises:
+    UserError: it cannot be made, or nothing can be written there.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"{flag} cannot be made ({error.strerror}): name another folder.") from error
+  if not os.access(folder, os.W_OK | os.X_OK):
+    raise UserError(f"{flag} cannot be written to: name another folder, or change its rights.")
+  return folder
 
 
 def sha256_file(path: Path) -> str:

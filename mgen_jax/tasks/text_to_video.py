@@ -19,7 +19,7 @@ from mgen_jax import schema
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.diffusion import flow_matching, guidance, samplers, time_grids, v_prediction
 from mgen_jax.encoders import Prompt, StackConfig
-from mgen_jax.errors import ConfigError
+from mgen_jax.errors import ConfigError, check_ranges
 from mgen_jax.models import backbone
 from mgen_jax.models.autoencoder import AutoencoderConfig
 from mgen_jax.parallel.mesh import MeshConfig
@@ -47,6 +47,9 @@ class SamplerConfig:
   # solver stays fp32.
   dtype: Literal["model", "float32", "bfloat16"] = "model"
 
+  def __post_init__(self):
+    check_ranges(self, positive=("num_steps", "linear_steps"), natural=("guidance",))
+
 
 @dataclasses.dataclass(frozen=True)
 class TextToVideoConfig:
@@ -67,6 +70,7 @@ class TextToVideoConfig:
   sampler: SamplerConfig = SamplerConfig()
 
   def __post_init__(self):
+    check_ranges(self, positive=("stride",), natural=("time_std",), share=("caption_dropout",))
     self.check_sampler(self.sampler)
 
   def check_sampler(self, sampler: SamplerConfig) -> None:
