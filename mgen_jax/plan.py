@@ -87,15 +87,7 @@ def main(argv: Sequence[str]) -> None:
   if _TOPOLOGY.value is None:
     known = ", ".join(topologies.EXAMPLES.values())
     raise UserError(f"--topology is missing: name the hardware, like one of {known}.")
-  wanted = None
-  if _WHAT.value == "sample":
-    mesh = None if _MESH.value is None else mesh_lib.parse(_MESH.value)
-    wanted = sampling.Sampling(mesh, _SAMPLES.value)
-  elif _MESH.value is not None or _SAMPLES.value is not None:
-    raise UserError(
-      "--mesh and --samples are of --what=sample: a stage's own are --config.stages.NAME.mesh.AXIS "
-      "and --config.stages.NAME.buckets.BUCKET.batch."
-    )
+  wanted = _sampling()
   topology = topologies.parse(_TOPOLOGY.value)
   if _OUT.value:
     make_folder(_stem(_OUT.value).parent, f"--out={_OUT.value}")
@@ -131,22 +123,7 @@ def main(argv: Sequence[str]) -> None:
   if len(buckets) > 1:
     record = plan_buckets(first, buckets)
   if _SEARCH.value:
-
-    def one(changes: str) -> planner.Plan:
-      flags = [*own_flags(sys.argv, ["mesh"]), f"--bucket={buckets[0].name}", *changes.split()]
-      return apart.plan(flags, _TRY_SECONDS.value)
-
-    def keep(trials: list[search_lib.Trial]) -> None:
-      record["search"] = [trial.record() for trial in trials]
-      save_record(record)
-
-    if wanted is None:
-      trials = search_lib.search(*where, first, _TRIES.value, apart=one, after_each=keep)
-    else:
-      trials = search_lib.search_sampling(
-        *where, first, wanted, _TRIES.value, apart=one, after_each=keep
-      )
-    record["search"] = [trial.record() for trial in trials]
+    _search(where, first, wanted, record)
 
   def draw(to: rich.console.Console) -> None:
     report.show_all(record, to)
@@ -157,6 +134,41 @@ def main(argv: Sequence[str]) -> None:
   if _OUT.value:
     shown = list(record.get("buckets", {"": record}).values())
     save(_OUT.value, record, report.as_text(draw), shown)
+
+
+def _sampling() -> sampling.Sampling | None:
+  """What to plan of drawing samples; None: the train step is planned."""
+  if _WHAT.value == "sample":
+    mesh = None if _MESH.value is None else mesh_lib.parse(_MESH.value)
+    return sampling.Sampling(mesh, _SAMPLES.value)
+  if _MESH.value is not None or _SAMPLES.value is not None:
+    raise UserError(
+      "--mesh and --samples are of --what=sample: a stage's own are --config.stages.NAME.mesh.AXIS "
+      "and --config.stages.NAME.buckets.BUCKET.batch."
+    )
+  return None
+
+
+def _search(
+  where: tuple, first: planner.Plan, wanted: sampling.Sampling | None, record: dict[str, Any]
+) -> None:
+  """Tries other choices than those of `first`, and puts them into `record` as they are made."""
+  bucket = where[2].name
+
+  def one(changes: str) -> planner.Plan:
+    flags = [*own_flags(sys.argv, ["mesh"]), f"--bucket={bucket}", *changes.split()]
+    return apart.plan(flags, _TRY_SECONDS.value)
+
+  def keep(trials: list[search_lib.Trial]) -> None:
+    record["search"] = [trial.record() for trial in trials]
+    save_record(record)
+
+  how = {"apart": one, "after_each": keep}
+  if wanted is None:
+    trials = search_lib.search(*where, first, _TRIES.value, **how)
+  else:
+    trials = search_lib.search_sampling(*where, first, wanted, _TRIES.value, **how)
+  record["search"] = [trial.record() for trial in trials]
 
 
 def plan_buckets(first: planner.Plan, buckets: Sequence[Bucket]) -> dict[str, Any]:

@@ -100,6 +100,8 @@ def test_a_folder_that_is_no_run_is_one_sentence(tmp_path, capsys):
   assert plot.main([str(tmp_path)]) == 2
   errors = capsys.readouterr().err.splitlines()
   assert len(errors) == 2 and all(error.startswith("error: ") for error in errors)
+  assert watch.main([str(tmp_path), "--every=-1"]) == 2
+  assert "--every=-1 must be more than 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -141,6 +143,7 @@ def test_an_average_has_no_pull_of_its_start():
     (["--stage=t2w"], "has no metrics of stage t2w"),
     (["--smooth=1"], "--smooth=1.0 must lie in"),
     (["--out=a.jpeg"], "--out=a.jpeg must end in"),
+    (["--out=/dev/null/a.png"], "--out=/dev/null/a.png cannot be made"),
   ],
 )
 def test_a_picture_that_cannot_be_drawn_is_one_sentence(run_folder, capsys, flags, words):

@@ -145,6 +145,13 @@ def _check_train(made: Experiment, name: str, stage: TrainStage, before: tuple[s
     stage.batches()
   except ConfigError as error:
     raise ConfigError(f"{path}: {error}") from error
+  _check_start(made, name, stage, before)
+  _check_data(made, name, stage, before)
+
+
+def _check_start(made: Experiment, name: str, stage: TrainStage, before: tuple[str, ...]) -> None:
+  """What a train stage starts from."""
+  path = f"config.stages.{name}"
   if stage.init_from is not None:
     origin = _earlier(made, name, "init_from", stage.init_from, before, *MODELS)
     if type(origin.task) is not type(stage.task):
@@ -166,6 +173,11 @@ def _check_train(made: Experiment, name: str, stage: TrainStage, before: tuple[s
         f"{path}.init_weights is set, but {stage.task.name} starts from no weights of others: "
         "unset it."
       )
+
+
+def _check_data(made: Experiment, name: str, stage: TrainStage, before: tuple[str, ...]) -> None:
+  """The sets of data that a train stage reads."""
+  path = f"config.stages.{name}"
   parts = stage.parts()
   for step in stage.phases():
     if parts and not any(part.at(step) for part in parts.values()):
