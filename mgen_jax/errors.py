@@ -5,7 +5,7 @@ sentence guesses what was meant, and the ranges that the numbers of a config kee
 """
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -50,28 +50,28 @@ def check_ranges(
     share: fields that lie in [0, 1].
 
   Raises:
-    ConfigError: one lies outside of its range, or is NaN.
+    ConfigError: one lies outside of its range, or is NaN or no number.
   """
   for name in positive:
     value = getattr(config, name)
-    numbers = list(_numbers(value))
+    numbers = _numbers(name, value)
     if not all(number > 0 for number in numbers):
       least = "1 or more" if isinstance(numbers[0], int) else "more than 0"
       raise ConfigError(f"{name} is {value}: it must be {least}.")
   for name in natural:
     value = getattr(config, name)
-    if not all(number >= 0 for number in _numbers(value)):
+    if not all(number >= 0 for number in _numbers(name, value)):
       raise ConfigError(f"{name} is {value}: it cannot be negative.")
   for name in share:
     value = getattr(config, name)
-    if not all(0 <= number <= 1 for number in _numbers(value)):
+    if not all(0 <= number <= 1 for number in _numbers(name, value)):
       raise ConfigError(f"{name} is {value}: it must lie in [0, 1].")
 
 
-def _numbers(value: Any) -> Iterator[int | float]:
+def _numbers(name: str, value: Any) -> list[int | float]:
   """The numbers of a field, those of tuples in tuples too."""
   if isinstance(value, tuple | list):
-    for item in value:
-      yield from _numbers(item)
-  elif value is not None:
-    yield value
+    return [number for item in value for number in _numbers(name, item)]
+  if value is not None and not isinstance(value, int | float):
+    raise ConfigError(f"{name} is {value!r}: it must be a number.")
+  return [] if value is None else [value]
