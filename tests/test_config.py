@@ -208,5 +208,16 @@ def test_a_mesh_that_does_not_fit_is_refused():
     config.check_devices(made, 8, 1)
 
 
+def test_heads_that_do_not_divide_over_the_mesh_are_refused_before_the_stages_ahead_of_it():
+  config.check_devices(resolve(t2v={"mesh": {"tensor": 2, "context": 2}}), 8, 1)
+  made = resolve(t2v={"mesh": {"tensor": 4}})
+  with pytest.raises(ConfigError, match=r"t2v\.mesh: tensor=4 .* the 2 heads .*: set it to 2\."):
+    config.check_devices(made, 8, 1)
+  ulysses = {"task": {**GENERATOR, "model": {**MODEL, "context_parallel": "ulysses"}}}
+  made = resolve(t2v={"mesh": {"tensor": 2, "context": 2}, "init_from": None, **ulysses})
+  with pytest.raises(ConfigError, match=r"tensor=2 x context=2 .*: set context to 1, or use"):
+    config.check_devices(made, 8, 1)
+
+
 def test_differences_name_keys_with_dots():
   assert config.differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 3, "c": 2}}) == {"a.b": (1, 3)}

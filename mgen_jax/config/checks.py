@@ -84,7 +84,7 @@ def check_devices(
     stages: those that will run on them; None: all. A recipe may need other numbers later on.
 
   Raises:
-    ConfigError: a mesh that does not fit the devices, a batch that does not divide.
+    ConfigError: a mesh that does not fit the devices or the model, a batch that does not divide.
   """
   for name in made.recipe if stages is None else stages:
     stage = made.stages[name]
@@ -92,7 +92,9 @@ def check_devices(
       continue
     path = f"config.stages.{name}"
     try:
-      replica, fsdp, *_ = stage.mesh.sizes(devices)
+      replica, fsdp, context, tensor = stage.mesh.sizes(devices)
+      if hasattr(stage.task, "check_mesh"):
+        stage.task.check_mesh(context, tensor)
     except ConfigError as error:
       raise ConfigError(f"{path}.mesh: {error}") from error
     batches = [entry for step in stage.phases() for entry in stage.batches(step).items()]

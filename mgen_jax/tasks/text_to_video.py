@@ -112,6 +112,21 @@ class TextToVideoConfig:
           f"{math.ceil(size / self.model.patch[axis])} or choose another bucket."
         )
 
+  def check_mesh(self, context: int, tensor: int) -> None:
+    """Raises ConfigError for axes of a mesh that the heads of the model do not divide over."""
+    heads = self.model.heads
+    if heads % tensor:
+      raise ConfigError(
+        f"tensor={tensor} does not divide the {heads} heads of the model: set it to "
+        f"{math.gcd(heads, tensor)}."
+      )
+    if self.model.context_parallel == "ulysses" and heads % (tensor * context):
+      raise ConfigError(
+        f"tensor={tensor} x context={context} does not divide the {heads} heads, which "
+        "context_parallel='ulysses' splits over both: set context to "
+        f"{math.gcd(heads // tensor, context)}, or use 'all_gather' or 'ring'."
+      )
+
   def check_latents(self, autoencoder: AutoencoderConfig, path: str) -> None:
     """Raises ConfigError where this model does not fit its text or the latents it reads."""
     if self.model.context_widths != self.text.widths:
