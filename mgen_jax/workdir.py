@@ -249,6 +249,9 @@ def _with_stage(
 
 def read_json(path: Path) -> dict[str, Any]:
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+      raise ValueError("it is no object")
   except (OSError, ValueError) as error:
     raise UserError(f"{path} cannot be read ({error}): restore it or delete its folder.") from error
+  return value
