@@ -146,6 +146,10 @@ def test_a_number_out_of_range_is_refused_before_any_stage_begins(changes, words
     ({"name": "."}, "name is '.'"),
     ({"seed": -1}, r"seed is -1"),
     ({"data": {"held_out": 1.0}}, "held_out is 1.0"),
+    (
+      {"data": {"held_out": 0.0, "videos": "DIR"}},
+      "config.stages.evaluate samples captions of held-out",
+    ),
     ({"data": {"fps": 0.0}}, "fps is 0.0: it must be more than 0"),
     ({"data": {"fps_range": (16.0, float("nan"))}}, "nan: it must be a finite number"),
     ({"data": {"max_crop": 1.5}}, "max_crop is 1.5"),

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from mgen_jax import schema, tasks
-from mgen_jax.config.links import latents_of, own_models
+from mgen_jax.config.links import data_of, latents_of, own_models
 from mgen_jax.config.stages import (
   AverageStage,
   EncodeStage,
@@ -67,6 +67,12 @@ def resolve(values: Mapping[str, Any] | config_dict.ConfigDict) -> Experiment:
       generator = made.stages[stage.generator]
       latents_of(made, stage.generator)
       _check_bucket(f"config.stages.{name}.bucket", generator, stage.bucket, parse_bucket)
+      data = data_of(made, stage.generator)
+      if data.videos is not None and not data.held_out:
+        raise ConfigError(
+          f"config.stages.{name} samples captions of held-out clips, and held_out of their data "
+          "is 0: set it to a share, like 0.05."
+        )
     elif isinstance(stage, ReconstructStage):
       _check_reconstruct(made, name, stage, made.recipe[:index])
   return made
