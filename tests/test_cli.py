@@ -46,6 +46,7 @@ def test_what_is_no_experiment_is_told_from_one_that_fails(
     (OPTIONAL, ""),
     (OPTIONAL, ":full"),
     ("from elsewhere import get_config", ":toy"),
+    ("get_config = functools.partial(make, 3)", ""),
     ("raise ValueError('a fault of the file itself')\n" + PLAIN, ""),
   ],
 )
