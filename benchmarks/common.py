@@ -28,8 +28,17 @@ def parser(doc: str, rounds: int = 10) -> argparse.ArgumentParser:
     description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
   made.add_argument("--out", help="Save the result as JSON here.")
-  made.add_argument("--rounds", type=int, default=rounds, help=f"Timed rounds (default: {rounds}).")
+  made.add_argument(
+    "--rounds", type=_count, default=rounds, help=f"Timed rounds (default: {rounds})."
+  )
   return made
+
+
+def _count(text: str) -> int:
+  """A whole number of 1 or more, as a flag's value."""
+  if not text.isdecimal() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+  return int(text)
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -7,7 +7,7 @@
   python -m mgen_jax.sample --workdir=runs/latte_taichi --samples=4
 
 Hardware: 8 devices with 80 GB (the paper's: A100, about a week), global batch 40; one of them with
-accumulate=8, or 8 of 16 GB with remat "full" as it is (plans: docs/planning.md). Not run with this
+accumulate=8, or 8 of 16 GB with remat "full" as it is (plans: docs/numbers.md). Not run with this
 code. Behind the colon: video, or joint with 8 images beside each of 32 clips.
 
 As released: AdamW at 1e-4 without decay, gradients clipped at norm 0.1 from step 500,000 on, EMA

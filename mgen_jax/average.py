@@ -27,8 +27,8 @@ import jax
 from absl import flags, logging
 
 from mgen_jax import cli, schema, tasks
-from mgen_jax.config import AverageStage
-from mgen_jax.errors import UserError
+from mgen_jax.config import AverageStage, TrainStage
+from mgen_jax.errors import UserError, suggest
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.tasks.base import Task, frozen_shapes
 from mgen_jax.training import inputs, loop, lora, parameters, start, validation
@@ -37,6 +37,8 @@ from mgen_jax.training.checkpoint import Checkpoints
 from mgen_jax.workdir import Workdir
 
 STEP = 0  # of the one checkpoint of an average
+
+_MODELS = (TrainStage, AverageStage)  # the stages whose result is a model
 
 
 class Model(NamedTuple):
@@ -90,6 +92,9 @@ def _open(work: Workdir, entry: str) -> Model:
   path, _, step = entry.partition("@")
   if step and not step.isdecimal():
     raise UserError(f'"{entry}" cannot be averaged: after @ stands the step of a checkpoint.')
+  if "/" not in path and not isinstance(work.experiment.stages.get(path), _MODELS):
+    known = [name for name, stage in work.experiment.stages.items() if isinstance(stage, _MODELS)]
+    raise UserError(f'"{path}" is no stage of {work.root} that trains: {suggest(path, known)}')
   folder = Path(path) if "/" in path else work.folder(path)
   return _open_folder(entry, folder, int(step) if step else None)
 

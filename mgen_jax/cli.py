@@ -5,6 +5,7 @@ after saving, 75 another process of the run is gone. After 130, 143 and 75 the s
 Anything else is a bug and keeps its traceback.
 """
 
+import ast
 import errno
 import logging as std_logging
 import os
@@ -100,13 +101,15 @@ def _parse(argv: Sequence[str]) -> list[str]:
     app.usage(shorthelp=True, writeto_stdout=True)
     sys.exit(0)
   try:
-    return flags.FLAGS(_expand(argv))
+    if "config" in flags.FLAGS:
+      check_experiment(argv)
+    return flags.FLAGS(argv)
   except UserError as error:
     _say(error)
   except flags.Error as error:
     _say(f"{error} (see --help)")
   except (AttributeError, KeyError) as error:  # an override of a key that does not exist
-    override = _unknown_override(argv, error)
+    override = unknown_override(argv, error) if "config" in flags.FLAGS else None
     if override is None:
       raise
     _say(override)
@@ -114,24 +117,48 @@ def _parse(argv: Sequence[str]) -> list[str]:
     if not any(arg.startswith("--config.") for arg in argv):
       raise
     _say(f"an override of --config has the wrong type: {error}")
-  except FileNotFoundError as error:
-    _say(f"--config={error.filename} does not exist: name an experiment, like {_examples()}.")
   sys.exit(2)
 
 
-def _expand(argv: Sequence[str]) -> Sequence[str]:
-  """Checks that the config file exists before it is run, to tell it from one that fails inside."""
-  for arg in argv[1:]:
-    match = re.match(r"--?config=([^:]+)", arg)
-    if match and not os.path.isfile(match.group(1)):
-      raise FileNotFoundError(2, "no such file", match.group(1))
-  return argv
+def check_experiment(argv: Sequence[str]) -> None:
+  """Looks at the file that --config names before it is run, to tell a wrong file or variant from a
+  file that fails inside.
+
+  Raises:
+    UserError: there is no such file, it is no experiment, or it has no such variant.
+  """
+  found = re.search(r"(?:^|\n)--?config[=\n]([^:\n]*)(?::(.*))?", "\n".join(argv[1:]))
+  if found is None:
+    return
+  path, variant = found.groups()
+  example = "name an experiment, like experiments/quickstart.py."
+  if not os.path.exists(path):
+    raise UserError(f"--config={path} does not exist: {example}")
+  if not os.path.isfile(path) or not path.endswith(".py"):
+    raise UserError(f"--config={path} is no Python file: {example}")
+  try:
+    with open(path, "rb") as file:
+      source = file.read()
+    tree = ast.parse(source)
+  except (SyntaxError, ValueError) as error:
+    line = f" (line {error.lineno})" if isinstance(error, SyntaxError) else ""
+    raise UserError(f"--config={path} is no valid Python{line}: {error}.") from error
+  functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+  takes = next((node.args for node in functions if node.name == "get_config"), None)
+  if b"get_config" not in source:
+    raise UserError(f"--config={path} has no function get_config: {example}")
+  if takes is None:  # imported, or made in another way
+    return
+  if variant is not None and not takes.args and not takes.vararg:
+    raise UserError(f'--config={path} has no variants: leave out ":{variant}".')
+  if variant is None and len(takes.args) > len(takes.defaults):
+    raise UserError(f"--config={path} has variants: name one, as its docstring says, {path}:NAME.")
 
 
-def _unknown_override(argv: Sequence[str], error: Exception) -> ConfigError | None:
+def unknown_override(argv: Sequence[str], error: Exception) -> ConfigError | None:
   """Names the override that `error` is about, with the nearest key that exists."""
   overrides = [arg[2:].split("=")[0] for arg in argv if arg.startswith("--config.")]
-  if not overrides or "config" not in flags.FLAGS:
+  if not overrides:
     return None
   keys = _known_keys(argv)
   for name in overrides:
@@ -154,10 +181,6 @@ def _known_keys(argv: Sequence[str]) -> list[str]:
   config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=plain)
   values(plain, known_only=True)
   return list(schema.flatten(config.value.to_dict()))
-
-
-def _examples() -> str:
-  return "experiments/quickstart.py"
 
 
 def _say(message: object) -> None:

@@ -341,7 +341,9 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
   trained = origin.experiment.stages.get(coder)
   models = (config_lib.TrainStage, config_lib.AverageStage)
   if not isinstance(trained, models) or trained.task.name != "autoencoder":
-    known = [n for n, s in origin.experiment.stages.items() if isinstance(s, models)]
+    stages = origin.experiment.stages
+    known = [n for n in stages if isinstance(stages[n], models)]
+    known = [n for n in known if stages[n].task.name == "autoencoder"]
     raise UserError(
       f"--stage={coder} is not a stage of {origin.root} that trains an autoencoder: "
       f"{suggest(coder, known)}"
@@ -432,7 +434,7 @@ def _text_of(values: flags.FlagValues) -> StackConfig:
   except ValueError as error:
     raise UserError(f"--text_lengths={','.join(made['lengths'])}: name whole numbers.") from error
   more = {"dtype": values.text_dtype, "fps_prefix": values.text_fps_prefix}
-  text = schema.build(StackConfig, {**made, "encoders": chosen, **more}, "--text")
+  text = schema.build(StackConfig, {**made, "encoders": chosen, **more}, "--text_encoders")
   TextStack(text).check()
   return text
 
@@ -461,10 +463,7 @@ def _check_identity(work: Workdir, origin: Workdir, index: ingest.Index) -> None
     return
   if work.root.is_dir() and any(path.name != UNPACKED for path in work.root.iterdir()):
     raise UserError(f"--out={work.root} holds other files: name an empty folder.")
-  try:
-    work.root.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f"--out={work.root} cannot be made ({error.strerror}).") from error
+  files.make_folder(work.root, f"--out={work.root}")
   files.write_text_atomic(path, json.dumps(now, indent=2) + "\n")
 
 

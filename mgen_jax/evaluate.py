@@ -220,7 +220,10 @@ def _sample(
     texts = list(itertools.islice(dict.fromkeys(captions), stage.prompts))
     prompts = [None] * len(texts)
   if not texts:
-    raise UserError(f"no prompt to sample: set config.stages.{name}.prompts to 1 or more.")
+    raise UserError(
+      f"none of the {len(index.clips)} clips is held out, so {name} has no caption to sample: "
+      f"raise config.data.held_out, which is {data.held_out:g}."
+    )
   folder = work.folder(name) / "samples"
   folder.mkdir(parents=True, exist_ok=True)
   bucket = _trained_bucket(generator, stage.bucket)

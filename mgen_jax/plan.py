@@ -32,7 +32,7 @@ from mgen_jax import cli
 from mgen_jax import config as config_lib
 from mgen_jax.config import AverageStage, Experiment, TrainStage
 from mgen_jax.data.buckets import Bucket, parse_bucket
-from mgen_jax.data.files import write_text_atomic
+from mgen_jax.data.files import make_folder, write_text_atomic
 from mgen_jax.errors import UserError, suggest
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.planning import apart, averaging, planner, report, sampling, topologies
@@ -87,16 +87,10 @@ def main(argv: Sequence[str]) -> None:
   if _TOPOLOGY.value is None:
     known = ", ".join(topologies.EXAMPLES.values())
     raise UserError(f"--topology is missing: name the hardware, like one of {known}.")
-  wanted = None
-  if _WHAT.value == "sample":
-    mesh = None if _MESH.value is None else mesh_lib.parse(_MESH.value)
-    wanted = sampling.Sampling(mesh, _SAMPLES.value)
-  elif _MESH.value is not None or _SAMPLES.value is not None:
-    raise UserError(
-      "--mesh and --samples are of --what=sample: a stage's own are --config.stages.NAME.mesh.AXIS "
-      "and --config.stages.NAME.buckets.BUCKET.batch."
-    )
+  wanted = _sampling()
   topology = topologies.parse(_TOPOLOGY.value)
+  if _OUT.value:
+    make_folder(_stem(_OUT.value).parent, f"--out={_OUT.value}")
   experiment = config_lib.resolve(_CONFIG.value)
   name = pick_stage(experiment, _STAGE.value)
   if isinstance(experiment.stages[name], AverageStage):
@@ -129,22 +123,7 @@ def main(argv: Sequence[str]) -> None:
   if len(buckets) > 1:
     record = plan_buckets(first, buckets)
   if _SEARCH.value:
-
-    def one(changes: str) -> planner.Plan:
-      flags = [*own_flags(sys.argv, ["mesh"]), f"--bucket={buckets[0].name}", *changes.split()]
-      return apart.plan(flags, _TRY_SECONDS.value)
-
-    def keep(trials: list[search_lib.Trial]) -> None:
-      record["search"] = [trial.record() for trial in trials]
-      save_record(record)
-
-    if wanted is None:
-      trials = search_lib.search(*where, first, _TRIES.value, apart=one, after_each=keep)
-    else:
-      trials = search_lib.search_sampling(
-        *where, first, wanted, _TRIES.value, apart=one, after_each=keep
-      )
-    record["search"] = [trial.record() for trial in trials]
+    _search(where, first, wanted, record)
 
   def draw(to: rich.console.Console) -> None:
     report.show_all(record, to)
@@ -155,6 +134,41 @@ def main(argv: Sequence[str]) -> None:
   if _OUT.value:
     shown = list(record.get("buckets", {"": record}).values())
     save(_OUT.value, record, report.as_text(draw), shown)
+
+
+def _sampling() -> sampling.Sampling | None:
+  """What to plan of drawing samples; None: the train step is planned."""
+  if _WHAT.value == "sample":
+    mesh = None if _MESH.value is None else mesh_lib.parse(_MESH.value)
+    return sampling.Sampling(mesh, _SAMPLES.value)
+  if _MESH.value is not None or _SAMPLES.value is not None:
+    raise UserError(
+      "--mesh and --samples are of --what=sample: a stage's own are --config.stages.NAME.mesh.AXIS "
+      "and --config.stages.NAME.buckets.BUCKET.batch."
+    )
+  return None
+
+
+def _search(
+  where: tuple, first: planner.Plan, wanted: sampling.Sampling | None, record: dict[str, Any]
+) -> None:
+  """Tries other choices than those of `first`, and puts them into `record` as they are made."""
+  bucket = where[2].name
+
+  def one(changes: str) -> planner.Plan:
+    flags = [*own_flags(sys.argv, ["mesh"]), f"--bucket={bucket}", *changes.split()]
+    return apart.plan(flags, _TRY_SECONDS.value)
+
+  def keep(trials: list[search_lib.Trial]) -> None:
+    record["search"] = [trial.record() for trial in trials]
+    save_record(record)
+
+  how = {"apart": one, "after_each": keep}
+  if wanted is None:
+    trials = search_lib.search(*where, first, _TRIES.value, **how)
+  else:
+    trials = search_lib.search_sampling(*where, first, wanted, _TRIES.value, **how)
+  record["search"] = [trial.record() for trial in trials]
 
 
 def plan_buckets(first: planner.Plan, buckets: Sequence[Bucket]) -> dict[str, Any]:
@@ -215,8 +229,7 @@ def _plan_average(
   jax.config.update("jax_enable_compilation_cache", False)
   record = averaging.make_plan(experiment, name, topology, topologies.devices(topology))
   averaging.show(record, console)
-  if _OUT.value:
-    write_text_atomic(Path(_OUT.value), json.dumps(record, indent=2) + "\n")
+  save_record(record)
 
 
 def pick_stage(experiment: Experiment, name: str | None) -> str:
@@ -333,7 +346,6 @@ def save_record(record: dict[str, Any]) -> None:
   """Writes the JSON, if there is to be one: also of what is not yet complete."""
   if _OUT.value:
     stem = _stem(_OUT.value)
-    stem.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(stem.with_name(stem.name + ".json"), json.dumps(record, indent=2) + "\n")
 
 

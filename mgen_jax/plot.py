@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import matplotlib.figure
 import numpy as np
 
+from mgen_jax.data import files
 from mgen_jax.errors import UserError
 from mgen_jax.training import goodput, metrics
 from mgen_jax.workdir import CONFIG_NAME
@@ -182,12 +183,12 @@ def main(arguments: list[str] | None = None) -> int:
   try:
     if not 0 <= options.smooth < 1:
       raise UserError(f"--smooth={options.smooth} must lie in [0, 1).")
-    curves = gather(options.runs, options.stage)
-    figure = draw(curves, options.metrics.split(","), x=options.x, smooth=options.smooth)
     out = Path(options.out)
     if out.suffix not in (".png", ".svg", ".pdf"):
       raise UserError(f"--out={out} must end in .png, .svg or .pdf.")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out.parent, f"--out={out}")
+    curves = gather(options.runs, options.stage)
+    figure = draw(curves, options.metrics.split(","), x=options.x, smooth=options.smooth)
     figure.savefig(out, dpi=110)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)

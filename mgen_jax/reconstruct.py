@@ -117,7 +117,14 @@ def run(work: Workdir, name: str) -> None:
   folder = work.folder(name)
   text = json.dumps({"autoencoders": figures, "features": "fixed random convolutions"}, indent=2)
   files.write_text_atomic(folder / REPORT_JSON, text + "\n")
-  labels = ["original", *stage.autoencoders]
+  media.write_image(folder / REPORT_PNG, _sheet(rows, ["original", *stage.autoencoders]))
+  work.finish(name, time.perf_counter() - began, autoencoders=list(stage.autoencoders))
+  show(figures)
+  logging.info("to look at: %s", folder / REPORT_PNG)
+
+
+def _sheet(rows: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:
+  """The rows of `_picture` on one sheet, the first of each with its label."""
   titles = [
     label if i % _SHOWN_FRAMES == 0 else ""
     for i, label in enumerate(
@@ -127,16 +134,12 @@ def run(work: Workdir, name: str) -> None:
       for _ in range(_SHOWN_FRAMES)
     )
   ]
-  sheet = media.contact_sheet(
+  return media.contact_sheet(
     rows,
     columns=_SHOWN_FRAMES,
     labels=titles[: len(rows)],
     scale=2 if rows[0].shape[0] < 128 else 1,
   )
-  media.write_image(folder / REPORT_PNG, sheet)
-  work.finish(name, time.perf_counter() - began, autoencoders=list(stage.autoencoders))
-  show(figures)
-  logging.info("to look at: %s", folder / REPORT_PNG)
 
 
 def compare(

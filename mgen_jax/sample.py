@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags, logging
 
 from mgen_jax import cli
-from mgen_jax.data import media
+from mgen_jax.data import files, media
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.data.prompts import camera_motion
 from mgen_jax.diffusion import gaussian, samplers
@@ -74,13 +74,8 @@ def draw(
     if total > done:
       logging.info("%d of %d", done, total)
 
+  files.make_folder(out, f"--out={out}")
   videos = generator.generate(texts, bucket, seeds, sampler, progress=progress)
-  try:
-    out.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(
-      f"--out={out} cannot be made ({error.strerror}): name another folder."
-    ) from error
   if generator.camera:
     texts = [f"{generator.camera}. {text}" for text in texts]
   paths = [
@@ -158,11 +153,12 @@ def sampler_from_flags(values: flags.FlagValues, base: AnySampler) -> AnySampler
   }
   if isinstance(base, DiffusionSamplerConfig) and "grid" in given:
     raise UserError("--grid is of flow matching, and this model is sampled by diffusion: leave it.")
+  steps, guidance = given.get("num_steps", 1), given.get("guidance", 0.0)
+  if steps < 1:
+    raise UserError(f"--num_steps={steps} is too few: use 1 or more, like 25.")
+  if not (math.isfinite(guidance) and guidance >= 0):
+    raise UserError(f"--guidance={guidance} cannot be used: use 0 or more, like 4.")
   made = dataclasses.replace(base, **given)
-  if made.num_steps < 1:
-    raise UserError(f"--num_steps={made.num_steps} is too few: use 1 or more, like 25.")
-  if not (math.isfinite(made.guidance) and made.guidance >= 0):
-    raise UserError(f"--guidance={made.guidance} cannot be used: use 0 or more, like 4.")
   if isinstance(made, DiffusionSamplerConfig):
     return made
   # The grid stands for at least as many linear steps as it has of its own.
@@ -195,7 +191,12 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     raise UserError("--workdir is missing: name the folder of a run, like runs/quickstart.")
   prompts = [*values.prompt, *values["class"].value, *_prompts_of_file(values.prompts_file)]
   work = Workdir.open(values.workdir)
-  if not prompts and _is_unconditional(work, values.stage):
+  if values["class"].value and _condition(work, values.stage) != "class":
+    raise UserError(
+      f"--class={values['class'].value[0]} is of a model of classes, and this one has none: use "
+      "--prompt."
+    )
+  if not prompts and _condition(work, values.stage) == "none":
     prompts = [""]
   if not prompts:
     raise UserError(
@@ -206,6 +207,8 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     raise UserError(f"--samples={values.samples} is too few: use 1 or more.")
   if not 0 <= values.seed <= 2**31 - values.samples:
     raise UserError(f"--seed={values.seed} cannot be used: use a number from 0 to 2147483647.")
+  if values.fps is not None and not 0 < values.fps < math.inf:
+    raise UserError(f"--fps={values.fps} cannot be used: use a rate above 0, like 16.")
   if values.aspect is not None:
     parse_aspect(values.aspect)
   camera = None if values.camera is None else camera_motion(values.camera, "--camera")
@@ -235,10 +238,10 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     print(path)
 
 
-def _is_unconditional(work: Workdir, stage: str | None) -> bool:
-  """Whether the model to be sampled knows neither text nor classes."""
+def _condition(work: Workdir, stage: str | None) -> str:
+  """What the model to be sampled is told: "class", "text" or "none"."""
   task = work.experiment.stages[stage_of(work, stage)].task
-  return task.name == "latte" and task.condition == "none"
+  return task.condition if task.name == "latte" else "text"
 
 
 def _prompts_of_file(path: str | None) -> list[str]:

@@ -10,6 +10,7 @@ Field types understood: bool, int, float, str, `X | None`, `Literal[...]`, `tupl
 
 import dataclasses
 import functools
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -163,6 +164,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     raise ConfigError(
       f"{where} is {value!r} ({type(value).__name__}): it must be {_describe(hint)}."
     )
+  if hint is float and not math.isfinite(value):  # comparisons would let NaN pass
+    raise ConfigError(f"{where} is {value!r}: it must be a finite number.")
   return value
 
 

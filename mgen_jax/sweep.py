@@ -102,10 +102,16 @@ def check(config: str, overrides: Sequence[str]) -> str:
   """The name of the experiment with these overrides, once it has passed all checks."""
   values = flags.FlagValues()
   argv = ["sweep", f"--config={config}", *overrides]
+  cli.check_experiment(argv)
   holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
   try:
     values(argv)
-  except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
+  except (AttributeError, KeyError) as error:
+    unknown = cli.unknown_override(argv, error)
+    if unknown is None:
+      raise
+    raise unknown from error
+  except (TypeError, ValueError, flags.Error) as error:
     raise UserError(f"{' '.join(overrides)} cannot be used: {error}") from error
   return config_lib.resolve(holder.value).name
 

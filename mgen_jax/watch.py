@@ -219,6 +219,8 @@ def main(arguments: list[str] | None = None) -> int:
   options = parser.parse_args(arguments)
   screen = console.Console()
   try:
+    if not 0 < options.every < math.inf:
+      raise UserError(f"--every={options.every:g} must be more than 0 seconds.")
     if options.once:
       screen.print(draw(options.workdir, look(options.workdir, time.time())))
       return 0

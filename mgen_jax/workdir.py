@@ -65,12 +65,7 @@ class Workdir:
         )
     elif work.root.is_dir() and any(work.root.iterdir()):
       raise UserError(f"--workdir={root} holds other files and no run: name an empty folder.")
-    try:
-      work.root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise UserError(
-        f"--workdir={root} cannot be made ({error.strerror}): name another folder."
-      ) from error
+    files.make_folder(work.root, f"--workdir={root}")
     files.write_text_atomic(path, config_lib.to_json(experiment))
     return work
 
@@ -254,6 +249,9 @@ def _with_stage(
 
 def read_json(path: Path) -> dict[str, Any]:
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+      raise ValueError("it is no object")
   except (OSError, ValueError) as error:
     raise UserError(f"{path} cannot be read ({error}): restore it or delete its folder.") from error
+  return value

@@ -308,6 +308,10 @@ def test_the_command_adds_a_stage_to_the_run(run, capsys):
   assert "two_of" not in json.loads((run.root / CONFIG_NAME).read_text())["stages"]
   again = Workdir.open(run.root)
   assert again.is_done("two_of") and again.experiment.stages["two_of"].of == ("sft_a", "sft_c")
+  for wrong in ("t2vv", "encode"):
+    values(["average", f"--workdir={run.root}", f"--of={wrong}", "--name=none"])
+    with pytest.raises(UserError, match=f'"{wrong}" is no stage of .* that trains'):
+      average.main([], values)
   values(["average", f"--workdir={run.root}", "--of=sft_a", "--name=t2v"])
   with pytest.raises(UserError, match="choose another name"):
     average.main([], values)

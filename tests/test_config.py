@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from mgen_jax import config, tasks
-from mgen_jax.errors import ConfigError
+from mgen_jax.errors import ConfigError, UserError
 
 MODEL = {
   "layers": 1, "width": 16, "heads": 2, "mlp_width": 32, "context_widths": (16,),
@@ -60,6 +60,10 @@ def test_an_experiment_survives_json(tmp_path):
   path = tmp_path / "config.json"
   path.write_text(config.to_json(made))
   assert config.from_json(str(path)) == made
+  for damaged in (b"[1", b"[1]", b"\xff"):
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match="is not an experiment of this version"):
+      config.from_json(str(path))
 
 
 @pytest.mark.parametrize(
@@ -100,6 +104,64 @@ def test_what_cannot_be_used_is_named_with_the_fix(changes, words):
     resolve(**changes)
   for word in words:
     assert word in str(error.value)
+
+
+def model(**changes):
+  return {"task": {**GENERATOR, "model": {**MODEL, **changes}}}
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"t2v": {"optimizer": {"lr": float("nan")}}}, "t2v.optimizer.lr is nan: it must be a finite"),
+    ({"t2v": {"optimizer": {"lr": float("inf")}}}, "t2v.optimizer.lr is inf: it must be a finite"),
+    ({"t2v": {"validate_batches": 0}}, "config.stages.t2v: validate_batches is 0: it must be 1 or"),
+    ({"t2v": {"seed": 2**32}}, "config.stages.t2v: seed is 4294967296"),
+    ({"t2v": {"task": {**GENERATOR, "caption_dropout": 2.0}}}, "caption_dropout is 2.0: it must"),
+    ({"t2v": {"task": {**GENERATOR, "stride": (8, 0, 8)}}}, "stride is (8, 0, 8): it must be 1"),
+    ({"t2v": {"task": {**GENERATOR, "sampler": {"num_steps": 0}}}}, "sampler: num_steps is 0"),
+    ({"t2v": model(heads=0)}, "config.stages.t2v.task.model: heads is 0: it must be 1 or more"),
+    ({"t2v": model(patch=(1, 2, 0))}, "patch is (1, 2, 0): it must be 1 or more"),
+    ({"t2v": model(dtype="float16")}, "dtype is 'float16': it must be one of 'bfloat16'"),
+    ({"t2v": model(remat="ful")}, "unknown remat policy 'ful'"),
+    ({"autoencoder": {"task": {**AUTOENCODER, "kl_weight": -1.0}}}, "kl_weight is -1.0: it cannot"),
+    ({"autoencoder": {"task": {"name": "autoencoder", "model": {"kernel": 2}}}}, "must be odd"),
+    ({"encode": {"batch": 0}}, "config.stages.encode: batch is 0: it must be 1 or more"),
+    ({"encode": {"latent_scale": 0.0}}, "latent_scale is 0.0: it must be more than 0"),
+    ({"encode": {"buckets": ("1x32x32", "16x32x32", "1x30x32")}}, "1x30x32: video height 30"),
+    ({"evaluate": {"show": -1}}, "config.stages.evaluate: show is -1: it cannot be negative"),
+  ],
+)
+def test_a_number_out_of_range_is_refused_before_any_stage_begins(changes, words):
+  with pytest.raises(ConfigError) as error:
+    resolve(**changes)
+  assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("values", "words"),
+  [
+    ({"name": "../elsewhere"}, "name is '../elsewhere'"),
+    ({"name": ""}, "name is ''"),
+    ({"name": "."}, "name is '.'"),
+    ({"seed": -1}, r"seed is -1"),
+    ({"data": {"held_out": 1.0}}, "held_out is 1.0"),
+    (
+      {"data": {"held_out": 0.0, "videos": "DIR"}},
+      "config.stages.evaluate samples captions of held-out",
+    ),
+    ({"data": {"fps": 0.0}}, "fps is 0.0: it must be more than 0"),
+    ({"data": {"fps_range": (16.0, float("nan"))}}, "nan: it must be a finite number"),
+    ({"data": {"max_crop": 1.5}}, "max_crop is 1.5"),
+    ({"data": {"marbles": {"clips": 0}}}, "clips is 0"),
+    ({"data": {"marbles": {"sizes": ((64, 0),)}}}, "sizes is"),
+    ({"data": {"marbles": {"frames": ()}}}, "frames must name one or more"),
+  ],
+)
+def test_a_run_that_cannot_be_drawn_or_would_lie_elsewhere_is_refused(values, words):
+  made = config.experiment(name="test", stages=stages()).to_dict()
+  with pytest.raises(ConfigError, match=words):
+    config.resolve({**made, **values})
 
 
 @pytest.mark.parametrize("name", ["with", "two words", "2nd"])
@@ -147,6 +209,17 @@ def test_batches_follow_the_tokens_of_a_step_whatever_the_devices():
 def test_a_mesh_that_does_not_fit_is_refused():
   made = resolve(t2v={"mesh": {"tensor": 3}})
   with pytest.raises(ConfigError, match=r"config.stages.t2v.mesh.* the 8 devices"):
+    config.check_devices(made, 8, 1)
+
+
+def test_heads_that_do_not_divide_over_the_mesh_are_refused_before_the_stages_ahead_of_it():
+  config.check_devices(resolve(t2v={"mesh": {"tensor": 2, "context": 2}}), 8, 1)
+  made = resolve(t2v={"mesh": {"tensor": 4}})
+  with pytest.raises(ConfigError, match=r"t2v\.mesh: tensor=4 .* the 2 heads .*: set it to 2\."):
+    config.check_devices(made, 8, 1)
+  ulysses = {"task": {**GENERATOR, "model": {**MODEL, "context_parallel": "ulysses"}}}
+  made = resolve(t2v={"mesh": {"tensor": 2, "context": 2}, "init_from": None, **ulysses})
+  with pytest.raises(ConfigError, match=r"tensor=2 x context=2 .*: set context to 1, or use"):
     config.check_devices(made, 8, 1)
 
 

@@ -55,6 +55,7 @@ TINY = ("--config=tests/tiny.py", "--stage=t2v")
       [*TINY, "--topology=cpu:8", "--what=sample", "--bucket=8x32x480"],
       ["--bucket=8x32x480", "max_positions[2]"],
     ),
+    ([*TINY, "--topology=cpu:8", "--out=/dev/null/a"], ["--out=/dev/null/a cannot be made"]),
     ([*TINY, "--topology=cpu:6"], ["config.stages.t2v.buckets", "does not divide"]),
     (
       [*TINY, "--topology=cpu:8", "--config.stages.t2v.mesh.fsdp=3"],

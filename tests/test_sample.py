@@ -15,6 +15,7 @@ from mgen_jax import generator as generator_lib
 from mgen_jax import sample
 from mgen_jax.data import media
 from mgen_jax.data.buckets import Bucket
+from mgen_jax.data.prompts import Prompt
 from mgen_jax.errors import UserError
 from mgen_jax.parallel.mesh import MeshConfig
 from mgen_jax.tasks.text_to_video import SamplerConfig
@@ -291,6 +292,8 @@ def test_a_long_prompt_is_cut_with_a_warning(command, work, tmp_path, caplog):
     (["--prompt=x", "--num_steps=-3"], "--num_steps=-3 is too few"),
     (["--prompt=x", "--guidance=nan"], "--guidance=nan cannot be used"),
     (["--prompt=x", "--guidance=-1"], "--guidance=-1.0 cannot be used"),
+    (["--prompt=x", "--fps=nan"], "--fps=nan cannot be used"),
+    (["--class=cat"], "--class=cat is of a model of classes"),
     (["--prompt=x", "--samples=0"], "--samples=0 is too few"),
     (["--prompt=x", "--seed=-1"], "--seed=-1 cannot be used"),
     (["--prompt=x", "--seed=9999999999"], "--seed=9999999999 cannot be used"),
@@ -309,6 +312,22 @@ def test_bad_input_is_one_sentence(command, work, arguments, message):
   with pytest.raises(UserError, match=message) as caught:
     command(f"--workdir={work.root}", *arguments)
   assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_drawn(
+  command, work, generator, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(generator, "generate", lambda *_, **__: pytest.fail("it was drawn"))
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match=r"--out=\S*file cannot be made"):
+    command("--prompt=x", f"--workdir={work.root}", f"--out={tmp_path}/file")
+
+
+def test_a_prompt_that_is_not_utf8_is_drawn(generator):
+  broken = b"a circle \xff".decode(errors="surrogateescape")
+  assert generator.task.too_long(Prompt(broken)) == []
+  drawn, meant = generator.task.tokenize([broken, "a circle ?"])
+  np.testing.assert_array_equal(drawn, meant)
 
 
 def test_a_folder_that_is_no_run_is_refused(command, tmp_path):

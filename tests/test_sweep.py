@@ -51,7 +51,7 @@ def test_commas_in_brackets_belong_to_a_value():
 @pytest.mark.parametrize(
   ("arguments", "words"),
   [
-    (("--vary=sed=1",), "sed"),
+    (("--vary=sed=1",), 'did you mean "--config.seed"'),
     (("--vary=seed=one",), "seed=one"),
     (("--vary=stages.t2v.ema_decay=2.0",), "ema_decay is 2.0"),
     (("--vary=seed",), "is not KEY=VALUE"),

@@ -100,6 +100,8 @@ def test_a_folder_that_is_no_run_is_one_sentence(tmp_path, capsys):
   assert plot.main([str(tmp_path)]) == 2
   errors = capsys.readouterr().err.splitlines()
   assert len(errors) == 2 and all(error.startswith("error: ") for error in errors)
+  assert watch.main([str(tmp_path), "--every=-1"]) == 2
+  assert "--every=-1 must be more than 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -141,6 +143,7 @@ def test_an_average_has_no_pull_of_its_start():
     (["--stage=t2w"], "has no metrics of stage t2w"),
     (["--smooth=1"], "--smooth=1.0 must lie in"),
     (["--out=a.jpeg"], "--out=a.jpeg must end in"),
+    (["--out=/dev/null/a.png"], "--out=/dev/null/a.png cannot be made"),
   ],
 )
 def test_a_picture_that_cannot_be_drawn_is_one_sentence(run_folder, capsys, flags, words):
@@ -156,3 +159,16 @@ def test_a_run_that_has_not_logged_yet_can_be_watched(run_folder):
   assert "0/4" in shown(run_folder, (run_folder / "t2v").stat().st_mtime)
   with pytest.raises(UserError, match="has no metrics"):
     plot.gather([run_folder], None)
+
+
+def test_a_line_that_a_crash_has_spoiled_is_named(run_folder, tmp_path, capsys):
+  path = next(run_folder.glob("*/metrics.jsonl"))
+  lines = path.read_bytes().splitlines(keepends=True)
+  for spoiled in (b"\0\0\0\n", b"[1]\n", b'{"step": \n', b"\xff\n"):
+    path.write_bytes(b"".join([lines[0], spoiled, *lines[1:]]))
+    assert watch.main([str(run_folder), "--once"]) == 2
+    assert plot.main([str(path.parent), f"--out={tmp_path}/a.png"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all(f"line 2 of {path} cannot be read" in line for line in said)
+  path.write_bytes(b"".join(lines) + b'{"step": 99, "lo')  # being written
+  assert watch.main([str(run_folder), "--once"]) == 0

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from mgen_jax import schema, tasks
-from mgen_jax.config.links import latents_of, own_models
+from mgen_jax.config.links import data_of, latents_of, own_models
 from mgen_jax.config.stages import (
   AverageStage,
   EncodeStage,
@@ -57,7 +57,9 @@ def resolve(values: Mapping[str, Any] | config_dict.ConfigDict) -> Experiment:
           f"{suggest(stage.dataset, list(made.datasets))}"
         )
     elif isinstance(stage, EncodeStage):
-      _earlier(made, name, "autoencoder", stage.autoencoder, made.recipe[:index], *MODELS)
+      coder = _earlier(made, name, "autoencoder", stage.autoencoder, made.recipe[:index], *MODELS)
+      for bucket in stage.buckets:
+        _check_bucket(f"config.stages.{name}.buckets", coder, bucket, parse_bucket)
       if stage.ingest is not None:
         _earlier(made, name, "ingest", stage.ingest, made.recipe[:index], "ingest")
     elif isinstance(stage, EvaluateStage):
@@ -65,6 +67,12 @@ def resolve(values: Mapping[str, Any] | config_dict.ConfigDict) -> Experiment:
       generator = made.stages[stage.generator]
       latents_of(made, stage.generator)
       _check_bucket(f"config.stages.{name}.bucket", generator, stage.bucket, parse_bucket)
+      data = data_of(made, stage.generator)
+      if data.videos is not None and not data.held_out:
+        raise ConfigError(
+          f"config.stages.{name} samples captions of held-out clips, and held_out of their data "
+          "is 0: set it to a share, like 0.05."
+        )
     elif isinstance(stage, ReconstructStage):
       _check_reconstruct(made, name, stage, made.recipe[:index])
   return made
@@ -82,7 +90,7 @@ def check_devices(
     stages: those that will run on them; None: all. A recipe may need other numbers later on.
 
   Raises:
-    ConfigError: a mesh that does not fit the devices, a batch that does not divide.
+    ConfigError: a mesh that does not fit the devices or the model, a batch that does not divide.
   """
   for name in made.recipe if stages is None else stages:
     stage = made.stages[name]
@@ -90,7 +98,9 @@ def check_devices(
       continue
     path = f"config.stages.{name}"
     try:
-      replica, fsdp, *_ = stage.mesh.sizes(devices)
+      replica, fsdp, context, tensor = stage.mesh.sizes(devices)
+      if hasattr(stage.task, "check_mesh"):
+        stage.task.check_mesh(context, tensor)
     except ConfigError as error:
       raise ConfigError(f"{path}.mesh: {error}") from error
     batches = [entry for step in stage.phases() for entry in stage.batches(step).items()]
@@ -143,6 +153,13 @@ def _check_train(made: Experiment, name: str, stage: TrainStage, before: tuple[s
     stage.batches()
   except ConfigError as error:
     raise ConfigError(f"{path}: {error}") from error
+  _check_start(made, name, stage, before)
+  _check_data(made, name, stage, before)
+
+
+def _check_start(made: Experiment, name: str, stage: TrainStage, before: tuple[str, ...]) -> None:
+  """What a train stage starts from."""
+  path = f"config.stages.{name}"
   if stage.init_from is not None:
     origin = _earlier(made, name, "init_from", stage.init_from, before, *MODELS)
     if type(origin.task) is not type(stage.task):
@@ -164,6 +181,11 @@ def _check_train(made: Experiment, name: str, stage: TrainStage, before: tuple[s
         f"{path}.init_weights is set, but {stage.task.name} starts from no weights of others: "
         "unset it."
       )
+
+
+def _check_data(made: Experiment, name: str, stage: TrainStage, before: tuple[str, ...]) -> None:
+  """The sets of data that a train stage reads."""
+  path = f"config.stages.{name}"
   parts = stage.parts()
   for step in stage.phases():
     if parts and not any(part.at(step) for part in parts.values()):

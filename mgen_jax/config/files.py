@@ -25,14 +25,14 @@ def from_json(path: str) -> Experiment:
   """
   if not os.path.exists(path):
     raise UserError(f"{path} does not exist: name the --workdir of a run that was started.")
-  with open(path, encoding="utf-8") as file:
-    try:
+  try:
+    with open(path, encoding="utf-8") as file:
       return resolve(json.load(file))
-    except (json.JSONDecodeError, ConfigError) as error:
-      raise UserError(
-        f"{path} is not an experiment of this version of mgen_jax ({error}): use the version that "
-        "wrote it, or start a new --workdir."
-      ) from error
+  except (OSError, ValueError, ConfigError) as error:  # ValueError: neither UTF-8 nor JSON
+    raise UserError(
+      f"{path} is not an experiment of this version of mgen_jax ({error}): use the version that "
+      "wrote it, or start a new --workdir."
+    ) from error
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from mgen_jax.errors import ConfigError
+from mgen_jax.errors import ConfigError, check_ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +62,13 @@ class OptimizerConfig:
   clip_from: int = 0  # the first step whose gradient is clipped
 
   def __post_init__(self):
-    for name in (
-      *("lr", "muon_lr", "warmup_steps", "end_factor", "eps", "weight_decay"),
-      *("clip_norm", "clip_from"),
-    ):
-      if getattr(self, name) < 0:
-        raise ConfigError(f"{name} is {getattr(self, name)}: it cannot be negative.")
+    check_ranges(
+      self,
+      natural=(
+        *("lr", "muon_lr", "warmup_steps", "end_factor", "eps", "weight_decay"),
+        *("clip_norm", "clip_from"),
+      ),
+    )
     for name in ("b1", "b2"):
       if not 0 <= getattr(self, name) < 1:
         raise ConfigError(f"{name} is {getattr(self, name)}: it must lie in [0, 1).")
@@ -101,8 +102,7 @@ class LoraConfig:
       raise ConfigError(f"rank is {self.rank}: it cannot be negative (0: no adapters).")
     if self.rank and not self.kernels:
       raise ConfigError("kernels is empty: name those that get an adapter, or set rank to 0.")
-    if self.alpha is not None and self.alpha <= 0:
-      raise ConfigError(f"alpha is {self.alpha}: it must be more than 0.")
+    check_ranges(self, positive=("alpha",))
 
 
 @dataclasses.dataclass(frozen=True)

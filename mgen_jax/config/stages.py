@@ -6,6 +6,7 @@ types and spelling (see `schema.py`).
 """
 
 import dataclasses
+import re
 from typing import Any, Literal
 
 from mgen_jax import schema, tasks
@@ -14,7 +15,7 @@ from mgen_jax.data import shares
 from mgen_jax.data.buckets import Bucket, Rate, parse_bucket
 from mgen_jax.data.marbles import WorldConfig
 from mgen_jax.encoders import StackConfig
-from mgen_jax.errors import ConfigError, UserError
+from mgen_jax.errors import ConfigError, UserError, check_ranges
 from mgen_jax.parallel.mesh import MeshConfig
 
 _BATCH = 8  # of a bucket, where nothing says how many
@@ -30,6 +31,11 @@ class MarblesConfig:
   fps: float = 8.0
   sound: bool = True
   world: WorldConfig = WorldConfig()
+
+  def __post_init__(self):
+    check_ranges(self, positive=("clips", "sizes", "frames", "fps"))
+    if not self.sizes or not self.frames:
+      raise ConfigError("sizes and frames must name one or more each.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +56,9 @@ class DataConfig:
   caption_key: str | None = None
 
   def __post_init__(self):
+    check_ranges(self, positive=("fps", "fps_range"), natural=("min_seconds",), share=("max_crop",))
+    if not 0 <= self.held_out < 1:
+      raise ConfigError(f"held_out is {self.held_out}: it must lie in [0, 1).")
     shortest = 0.0 if self.min_seconds is None else self.min_seconds
     if self.max_seconds is not None and self.max_seconds <= shortest:
       raise ConfigError(f"max_seconds is {self.max_seconds}: it must be above {shortest}.")
@@ -81,6 +90,9 @@ class IngestStage:
   dataset: str | None = None  # one of config.datasets; None: config.data
   workers: int = 0  # 0: one for each core
 
+  def __post_init__(self):
+    check_ranges(self, natural=("workers",))
+
 
 @dataclasses.dataclass(frozen=True)
 class EncodeStage:
@@ -102,8 +114,7 @@ class EncodeStage:
   folder: str | None = None
 
   def __post_init__(self):
-    if self.latent_scale is not None and self.latent_scale <= 0:
-      raise ConfigError(f"latent_scale is {self.latent_scale}: it must be more than 0.")
+    check_ranges(self, positive=("batch", "shard_examples", "latent_scale"))
     if self.folder is not None and self.latent_scale is not None:
       raise ConfigError(
         "latent_scale and folder are both set: the latents in a folder keep the scale that they "
@@ -144,9 +155,7 @@ class GuardConfig:
   most: int = 10  # skipped steps in a row, or roll-backs of the stage, that stop the run
 
   def __post_init__(self):
-    for name in ("spike", "back", "most"):
-      if getattr(self, name) < 0:
-        raise ConfigError(f"{name} is {getattr(self, name)}: it cannot be negative.")
+    check_ranges(self, natural=("spike", "back", "most"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,18 +224,17 @@ class TrainStage:
   def __post_init__(self):
     if self.accumulate < 1 and self.accumulate != -1:
       raise ConfigError(f"accumulate is {self.accumulate}: it must be 1 or more, or -1.")
-    for name in ("steps", "log_every", "checkpoint_every", "keep", "threads", "batch_multiple"):
-      if getattr(self, name) < 1:
-        raise ConfigError(f"{name} is {getattr(self, name)}: it must be 1 or more.")
-    for name in ("workers", "tokens_per_step"):
-      if getattr(self, name) < 0:
-        raise ConfigError(f"{name} is {getattr(self, name)}: it cannot be negative.")
-    if self.images_to_videos is not None and self.images_to_videos <= 0:
-      raise ConfigError(f"images_to_videos is {self.images_to_videos}: it must be above 0.")
+    check_ranges(
+      self,
+      positive=(
+        *("steps", "log_every", "checkpoint_every", "keep", "threads", "batch_multiple"),
+        *("images_to_videos", "validate_batches"),
+      ),
+      natural=("workers", "tokens_per_step", "ema_gamma", "validate_bins", "validate_every"),
+    )
+    _check_seed(self.seed)
     if not 0 <= self.ema_decay < 1:
       raise ConfigError(f"ema_decay is {self.ema_decay}: it must lie in [0, 1).")
-    if self.ema_gamma < 0 or self.validate_bins < 0:
-      raise ConfigError("ema_gamma and validate_bins cannot be negative.")
     check_changes("batch_changes", self.batch_changes)
     if self.latents is not None and self.mixture:
       raise ConfigError("latents and mixture are both set: name all sets of data in mixture.")
@@ -301,6 +309,12 @@ class TrainStage:
     return tuple(sorted(step for step in steps if step == 0 or step < self.steps))
 
 
+def _check_seed(seed: int | None) -> None:
+  """Raises ConfigError for a seed that keys of 32 bits cannot tell from another one."""
+  if seed is not None and not 0 <= seed < 2**32:
+    raise ConfigError(f"seed is {seed}: it must lie in [0, 2^32).")
+
+
 def parse_key(name: str) -> Bucket:
   """The bucket of a key like "b16x64x64".
 
@@ -369,6 +383,9 @@ class EvaluateStage:
   show: int = 24  # samples in the report
   targets: TargetsConfig = TargetsConfig()
 
+  def __post_init__(self):
+    check_ranges(self, positive=("prompts", "batch", "clips"), natural=("show",))
+
 
 @dataclasses.dataclass(frozen=True)
 class ReconstructStage:
@@ -380,6 +397,9 @@ class ReconstructStage:
   clips: int = 48  # held-out clips of each bucket, at most
   batch: int = 8
   lpips_weights: tuple[str, ...] = ()  # safetensors of VGG16 and LPIPS; none: LPIPS is left out
+
+  def __post_init__(self):
+    check_ranges(self, positive=("clips", "batch"))
 
 
 STAGES = {
@@ -402,3 +422,8 @@ class Experiment:
   data: DataConfig = DataConfig()
   datasets: dict[str, DataConfig] = dataclasses.field(default_factory=dict)  # further ones, by name
   stages: dict[str, Any] = schema.one_of("kind", lambda: STAGES, each=True)
+
+  def __post_init__(self):
+    if not re.fullmatch(r"\w[\w.+-]*", self.name):  # it names a folder below runs/
+      raise ConfigError(f"name is {self.name!r}: use letters, digits, _, -, + and dots within.")
+    _check_seed(self.seed)

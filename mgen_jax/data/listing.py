@@ -109,8 +109,8 @@ def named(root: Path, endings: Sequence[str]) -> Iterator[str]:
 
 
 def one_line(text: str) -> str:
-  """A caption as it is kept."""
-  return " ".join(text.split())
+  """A caption as it is kept: whole UTF-8, which "\\ud800" in JSON (half of an emoji) is not."""
+  return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
 def caption_of(entry: Mapping[str, Any], caption_key: str | None, where: str) -> str:

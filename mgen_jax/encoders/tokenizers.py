@@ -43,7 +43,7 @@ class ByteTokenizer:
   size, pad, end = 384, 0, 1
 
   def encode(self, text: str) -> list[int]:
-    return [byte + 3 for byte in text.encode("utf-8")] + [self.end]
+    return [byte + 3 for byte in text.encode("utf-8", "replace")] + [self.end]
 
 
 class SentencePieceTokenizer:

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mgen_jax.errors import ConfigError
+from mgen_jax.errors import ConfigError, check_ranges
 from mgen_jax.models import layers
 from mgen_jax.models.backbone import patchify, unpatchify
 from mgen_jax.parallel.attention import attention
@@ -56,9 +56,10 @@ class AutoencoderConfig:
   patch: tuple[int, int, int] = (1, 1, 1)
   norm: str = "group"  # of each frame; "rms": over the channels of each position (Wan, toys)
   groups: int = 32  # of the group norms
-  conv_method: str = "direct"  # "matmul" trains faster on a CPU; see layers.convolve
+  # "matmul" trains faster on a CPU; see layers.convolve.
+  conv_method: Literal["direct", "matmul"] = "direct"
   remat: bool = False  # recompute the residual blocks in the backward pass: less memory
-  dtype: str = "float32"
+  dtype: Literal["bfloat16", "float32"] = "float32"
 
   @property
   def has_patch(self) -> bool:
@@ -102,7 +103,15 @@ class AutoencoderConfig:
     return t, height // rows, width // columns, self.latent_channels
 
   def check(self) -> None:
-    """Raises ConfigError where fields contradict each other."""
+    """Raises ConfigError where fields are out of range or contradict each other."""
+    check_ranges(
+      self,
+      positive=(
+        *("channels", "multipliers", "latent_channels", "kernel", "temporal_kernel", "patch"),
+        "groups",
+      ),
+      natural=("res_blocks", "decoder_res_blocks", "space_down", "time_down"),
+    )
     levels = range(len(self.multipliers))
     for name in ("space_down", "time_down"):
       if not set(getattr(self, name)) <= set(levels):

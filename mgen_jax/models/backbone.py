@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mgen_jax.errors import ConfigError
+from mgen_jax.errors import ConfigError, check_ranges
 from mgen_jax.models import layers
 from mgen_jax.models import positions as positions_lib
 from mgen_jax.models import remat as remat_lib
@@ -64,11 +64,20 @@ class BackboneConfig:
   context_widths: tuple[int, ...] = (4096, 1280, 1472)  # UL2, MetaCLIP, ByT5
   # How the self-attention sees the tokens of the other devices on the mesh axis "context".
   context_parallel: Literal["all_gather", "ring", "ulysses"] = "all_gather"
-  dtype: str = "bfloat16"
+  dtype: Literal["bfloat16", "float32"] = "bfloat16"
   remat: str = "full"  # see models/remat.py
   scan_unroll: int = 1  # layers per iteration of the scan; a toy on a CPU runs faster unrolled
 
   def __post_init__(self):
+    check_ranges(
+      self,
+      positive=(
+        *("layers", "width", "heads", "kv_heads", "mlp_width", "in_channels", "out_channels"),
+        *("patch", "max_positions", "context_widths", "rotary_theta", "scan_unroll"),
+      ),
+      natural=("norm_eps", "position_std"),
+    )
+    remat_lib.policy(self.remat)
     if self.width % self.heads:
       raise ConfigError(f"width {self.width} does not divide into {self.heads} heads.")
     if self.heads % self.key_heads:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mgen_jax.errors import ConfigError
+from mgen_jax.errors import ConfigError, check_ranges
 from mgen_jax.models import layers
 
 Array = jax.Array
@@ -49,6 +49,13 @@ class ClipTextConfig:
   norm_eps: float = 1e-5
   dtype: str = "bfloat16"
 
+  def __post_init__(self):
+    check_ranges(
+      self,
+      positive=("vocab", "width", "layers", "heads", "mlp_width", "max_positions", "projection"),
+      natural=("eos", "norm_eps"),
+    )
+
   @property
   def output_width(self) -> int:
     """Of a feature."""
@@ -69,6 +76,13 @@ class ClipVisionConfig:
   projection: int | None = 1024
   norm_eps: float = 1e-5
   dtype: str = "bfloat16"
+
+  def __post_init__(self):
+    check_ranges(
+      self,
+      positive=("image_size", "patch", "width", "layers", "heads", "mlp_width", "projection"),
+      natural=("norm_eps",),
+    )
 
   @property
   def output_width(self) -> int:

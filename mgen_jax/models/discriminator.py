@@ -5,11 +5,12 @@ time ("3d"). Norms are of each example, so that no statistics cross the batch. N
 """
 
 import dataclasses
+from typing import Literal
 
 import flax.linen as nn
 import jax
 
-from mgen_jax.errors import ConfigError
+from mgen_jax.errors import ConfigError, check_ranges
 from mgen_jax.models import layers
 
 Array = jax.Array
@@ -31,9 +32,12 @@ class DiscriminatorConfig:
   # (Esser et al., 2021), times `weight`.
   adaptive: bool = True
   r1_weight: float = 0.0  # of the squared gradient at real videos (Mescheder et al., 2018)
-  conv_method: str = "direct"
+  conv_method: Literal["direct", "matmul"] = "direct"
 
   def __post_init__(self):
+    check_ranges(
+      self, positive=("channels", "groups"), natural=("weight", "start_step", "r1_weight")
+    )
     if self.kind not in ("2d", "3d"):
       raise ConfigError(f"unknown kind {self.kind!r}: use '2d' or '3d'")
     if self.layers < 1 or self.channels % min(self.groups, self.channels):

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mgen_jax.errors import ConfigError
+from mgen_jax.errors import ConfigError, check_ranges
 from mgen_jax.models import latte_blocks as blocks
 from mgen_jax.models import layers
 from mgen_jax.models import positions as positions_lib
@@ -66,11 +66,21 @@ class LatteConfig:
   context_widths: tuple[int, ...] = ()  # of text features; (): no text
   norm_eps: float = 1e-6
   context_parallel: Literal["all_gather", "ring", "ulysses"] = "all_gather"
-  dtype: str = "float32"
+  dtype: Literal["bfloat16", "float32"] = "float32"
   remat: str = "none"  # see models/remat.py; of a pair of blocks in variant 1
   scan_unroll: int = 1
 
   def __post_init__(self):
+    check_ranges(
+      self,
+      positive=(
+        *("layers", "width", "heads", "mlp_ratio", "patch", "in_channels", "time_stride"),
+        *("rotary_theta", "max_frames", "position_scale", "time_scale", "context_widths"),
+        "scan_unroll",
+      ),
+      natural=("position_grid", "classes", "norm_eps"),
+    )
+    remat_lib.policy(self.remat)
     if self.width % self.heads:
       raise ConfigError(f"width {self.width} does not divide into {self.heads} heads.")
     if self.width % 4:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mgen_jax.errors import ConfigError
+from mgen_jax.errors import ConfigError, check_ranges
 from mgen_jax.models import layers
 
 Array = jax.Array
@@ -46,6 +46,14 @@ class LlamaConfig:
   dtype: str = "bfloat16"
 
   def __post_init__(self):
+    check_ranges(
+      self,
+      positive=(
+        *("vocab", "width", "layers", "heads", "kv_heads", "mlp_width", "max_positions"),
+        *("rope_theta", "rope_original"),
+      ),
+      natural=("norm_eps",),
+    )
     if self.width % self.heads or self.heads % self.kv_heads:
       raise ConfigError(
         f"width {self.width}, heads {self.heads} and kv_heads {self.kv_heads} do not divide."

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mgen_jax.errors import check_ranges
 from mgen_jax.models import layers
 
 Array = jax.Array
@@ -47,6 +48,16 @@ class T5Config:
   norm_eps: float = 1e-6
   dtype: str = "bfloat16"
   scan_unroll: int = 1
+
+  def __post_init__(self):
+    check_ranges(
+      self,
+      positive=(
+        *("vocab", "width", "layers", "heads", "head_dim", "mlp_width", "buckets"),
+        *("max_distance", "scan_unroll"),
+      ),
+      natural=("norm_eps",),
+    )
 
   @property
   def output_width(self) -> int:

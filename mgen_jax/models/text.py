@@ -10,13 +10,14 @@ paper (UL2, MetaCLIP, ByT5).
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mgen_jax.errors import ConfigError
+from mgen_jax.errors import ConfigError, check_ranges
 from mgen_jax.models import layers
 from mgen_jax.parallel.attention import attention
 
@@ -28,7 +29,7 @@ def encode_bytes(texts: Sequence[str], length: int) -> np.ndarray:
   """UTF-8 texts as int32 tokens [len(texts), length]; longer texts are cut, the end token kept."""
   tokens = np.full((len(texts), length), PAD, np.int32)
   for row, text in enumerate(texts):
-    data = np.frombuffer(text.encode("utf-8")[: length - 1], np.uint8)
+    data = np.frombuffer(text.encode("utf-8", "replace")[: length - 1], np.uint8)
     tokens[row, : len(data)] = data.astype(np.int32) + OFFSET
     tokens[row, len(data)] = END
   return tokens
@@ -51,7 +52,15 @@ class ByteEncoderConfig:
   kernel: int = 7  # bytes seen by the convolution in front: about one word
   max_words: int | None = None  # one feature for each word, the text cut behind them; None: bytes
   max_length: int = 64  # bytes, the end token included
-  dtype: str = "float32"
+  dtype: Literal["bfloat16", "float32"] = "float32"
+
+  def __post_init__(self):
+    check_ranges(
+      self,
+      positive=("width", "layers", "heads", "mlp_width", "kernel", "max_words", "max_length"),
+    )
+    if self.width % self.heads:
+      raise ConfigError(f"width {self.width} does not divide into {self.heads} heads.")
 
   @property
   def features(self) -> int:

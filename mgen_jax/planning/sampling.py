@@ -46,7 +46,7 @@ def task_of(stage: TrainStage, name: str) -> TextToVideo:
   task = tasks.make(stage.task)
   if not isinstance(task, TextToVideo):
     raise UserError(
-      f"--stage={name} trains {stage.task.name}, which draws no samples: name a stage of "
+      f"--stage={name} trains {stage.task.name}, whose sampling cannot be planned: name one of "
       "text_to_video, or leave --what=sample out."
     )
   return task

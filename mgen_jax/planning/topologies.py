@@ -71,7 +71,7 @@ def parse(text: str) -> Topology:
   if kind not in chips.CHIPS:
     near = suggest(kind, list(EXAMPLES))
     hint = f'did you mean "{near.split(chr(34))[1]}:{sizes}"? ' if near.startswith("did") else ""
-    raise UserError(f'--topology="{text}" is not known: {hint}({known}).')
+    raise UserError(f'--topology="{text}" is not known: {hint}{known}.')
   chip = chips.CHIPS[kind]
   example = EXAMPLES[kind]
   if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):

@@ -19,7 +19,7 @@ from flax import traverse_util
 
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.diffusion import flow_matching
-from mgen_jax.errors import ConfigError
+from mgen_jax.errors import ConfigError, check_ranges
 from mgen_jax.models import autoencoder, autoencoder_flops, perceptual
 from mgen_jax.models.autoencoder import AutoencoderConfig
 from mgen_jax.models.discriminator import Discriminator, DiscriminatorConfig
@@ -56,6 +56,9 @@ class AutoencoderTaskConfig:
   image_weights: str | None = None
 
   def __post_init__(self):
+    weights = [field.name for field in dataclasses.fields(self) if field.name.endswith("_weight")]
+    check_ranges(self, natural=(*weights, "outlier_r"))
+    self.model.check()
     if self.perceptual not in ("auto", "lpips", "ms_ssim"):
       raise ConfigError(f"unknown perceptual {self.perceptual!r}: use 'auto', 'lpips' or 'ms_ssim'")
     if self.image_weights is not None:

@@ -19,7 +19,7 @@ from mgen_jax.data.buckets import Bucket
 from mgen_jax.diffusion import gaussian, guidance
 from mgen_jax.diffusion.flow_matching import draw_noise
 from mgen_jax.encoders import Prompt
-from mgen_jax.errors import ConfigError, UserError
+from mgen_jax.errors import ConfigError, UserError, check_ranges
 from mgen_jax.models import latte
 from mgen_jax.models.autoencoder import AutoencoderConfig
 from mgen_jax.models.latte import LatteConfig
@@ -46,6 +46,9 @@ class DiffusionSamplerConfig:
   guidance: float = 1.0  # 1: none; 7 for the classes of UCF101
   eta: float = 0.0  # of ddim
 
+  def __post_init__(self):
+    check_ranges(self, positive=("num_steps",), natural=("guidance", "eta"))
+
 
 @dataclasses.dataclass(frozen=True)
 class LatteTaskConfig:
@@ -64,6 +67,7 @@ class LatteTaskConfig:
   sampler: DiffusionSamplerConfig = DiffusionSamplerConfig()
 
   def __post_init__(self):
+    check_ranges(self, positive=("stride",), natural=("images",), share=("condition_dropout",))
     if self.model.classes != len(self.class_names):
       raise ConfigError(
         f"model.classes is {self.model.classes} and class_names has {len(self.class_names)} "

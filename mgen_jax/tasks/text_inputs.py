@@ -211,7 +211,7 @@ class ByteText:
 
   def too_long(self, prompt: Prompt) -> list[str]:
     limit = self.config.max_length - 1
-    found = len(prompt.text.encode()) > limit
+    found = len(prompt.text.encode("utf-8", "replace")) > limit
     return [f"the model reads the first {limit} bytes"] if found else []
 
   def frozen_shapes(self, mesh: jax.sharding.Mesh | None) -> Any:

@@ -19,7 +19,7 @@ from mgen_jax import schema
 from mgen_jax.data.buckets import Bucket
 from mgen_jax.diffusion import flow_matching, guidance, samplers, time_grids, v_prediction
 from mgen_jax.encoders import Prompt, StackConfig
-from mgen_jax.errors import ConfigError
+from mgen_jax.errors import ConfigError, check_ranges
 from mgen_jax.models import backbone
 from mgen_jax.models.autoencoder import AutoencoderConfig
 from mgen_jax.parallel.mesh import MeshConfig
@@ -47,6 +47,9 @@ class SamplerConfig:
   # solver stays fp32.
   dtype: Literal["model", "float32", "bfloat16"] = "model"
 
+  def __post_init__(self):
+    check_ranges(self, positive=("num_steps", "linear_steps"), natural=("guidance",))
+
 
 @dataclasses.dataclass(frozen=True)
 class TextToVideoConfig:
@@ -67,6 +70,7 @@ class TextToVideoConfig:
   sampler: SamplerConfig = SamplerConfig()
 
   def __post_init__(self):
+    check_ranges(self, positive=("stride",), natural=("time_std",), share=("caption_dropout",))
     self.check_sampler(self.sampler)
 
   def check_sampler(self, sampler: SamplerConfig) -> None:
@@ -107,6 +111,21 @@ class TextToVideoConfig:
           f"{self.model.patch[axis]} up to {limit}: set model.max_positions[{axis}] to "
           f"{math.ceil(size / self.model.patch[axis])} or choose another bucket."
         )
+
+  def check_mesh(self, context: int, tensor: int) -> None:
+    """Raises ConfigError for axes of a mesh that the heads of the model do not divide over."""
+    heads = self.model.heads
+    if heads % tensor:
+      raise ConfigError(
+        f"tensor={tensor} does not divide the {heads} heads of the model: set it to "
+        f"{math.gcd(heads, tensor)}."
+      )
+    if self.model.context_parallel == "ulysses" and heads % (tensor * context):
+      raise ConfigError(
+        f"tensor={tensor} x context={context} does not divide the {heads} heads, which "
+        "context_parallel='ulysses' splits over both: set context to "
+        f"{math.gcd(heads // tensor, context)}, or use 'all_gather' or 'ring'."
+      )
 
   def check_latents(self, autoencoder: AutoencoderConfig, path: str) -> None:
     """Raises ConfigError where this model does not fit its text or the latents it reads."""

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 
+from mgen_jax.data import files
+
 FILE_NAME = "goodput.jsonl"
 
 # What the time of a run is charged to. A summary over several runs has two more: "lost" (steps done
@@ -222,11 +224,7 @@ class Ledger:
 
 def read(folder: str) -> list[dict[str, Any]]:
   """The lines of a stage's ledger, in order, without a last one that was cut short."""
-  path = os.path.join(folder, FILE_NAME)
-  if not os.path.exists(path):
-    return []
-  with open(path, encoding="utf-8") as file:
-    return [json.loads(line) for line in file if line.endswith("\n")]
+  return files.read_json_lines(os.path.join(folder, FILE_NAME))
 
 
 def summarise(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:

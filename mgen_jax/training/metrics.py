@@ -17,6 +17,7 @@ import tensorboardX
 from absl import logging
 from rich import console, progress
 
+from mgen_jax.data import files
 from mgen_jax.errors import UserError
 
 FILE_NAME = "metrics.jsonl"
@@ -146,11 +147,7 @@ def peak_memory_gib() -> float:
 
 def read(folder: str) -> list[dict[str, Any]]:
   """The lines of a stage, in order; none if it has not logged yet."""
-  path = os.path.join(folder, FILE_NAME)
-  if not os.path.exists(path):
-    return []
-  with open(path, encoding="utf-8") as file:
-    return [json.loads(line) for line in file if line.endswith("\n")]
+  return files.read_json_lines(os.path.join(folder, FILE_NAME))
 
 
 def _start_wandb(folder: str, stage: str, project: str) -> Any:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mgen_jax.errors import UserError
+from mgen_jax import schema
+from mgen_jax.errors import ConfigError, UserError
 from mgen_jax.weights import rules as rules_lib
 from mgen_jax.weights.folders import CONFIG_NAME, Source
 from mgen_jax.weights.rules import Family, Rule
@@ -85,9 +86,25 @@ def match(source: Source, families: Mapping[str, Family], family: str | None = N
     else:
       actual[known] = name
   shapes = {known: source.tensors[name].shape for known, name in actual.items()}
-  config = made.from_hf(source.config, shapes)
+  config = _described(made, source, shapes)
   spare = [actual.pop(known) for known in made.spare(config) if known in actual]
   return _compare(made, config, actual, source, [*ignored, *spare])
+
+
+def _described(made: Family, source: Source, shapes: Mapping[str, rules_lib.Shape]) -> Any:
+  """The config that config.json describes, or the shapes where there is none.
+
+  Raises:
+    UserError: what stands there has other types, is out of range, or is not known.
+  """
+  path = source.folder / CONFIG_NAME
+  try:
+    config = made.from_hf(source.config, shapes)
+    return schema.build(made.config, schema.to_plain(config), made.name)
+  except ConfigError as error:
+    raise UserError(f"{path} cannot be used: {error}") from error
+  except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+    raise UserError(f"{path} describes no {made.name} ({error}): get it anew.") from error
 
 
 def _pick(source: Source, families: Mapping[str, Family], family: str | None) -> str:

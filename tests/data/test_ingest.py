@@ -133,6 +133,14 @@ def test_bad_files_among_good_ones_are_reported_skipped_and_counted(one_video):
   assert "UTF-8" in reasons["latin.mp4"]
 
 
+def test_half_an_emoji_in_a_caption_costs_that_letter_only(one_video, tmp_path):
+  line = '{"file": "a.mp4", "caption": "a circle \\ud83d moves"}'
+  (one_video / "captions.jsonl").write_text(line)
+  index = ingest.scan(one_video)
+  index.save(tmp_path)
+  assert [clip.caption for clip in ingest.load(tmp_path).clips] == ["a circle ? moves"]
+
+
 def _noise():
   return np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
 

@@ -289,6 +289,17 @@ def test_other_faults_of_a_folder_are_one_sentence(tmp_path):
   with pytest.raises(UserError, match=r"config\.json cannot be read"):
     folders.Source(pickled)
   other = toys.write(tmp_path / "other", "t5", toys.BYT5)
+  for key, value, words in (
+    ("num_heads", "two", r"config\.json cannot be used: heads is 'two': it must be a number"),
+    ("num_heads", 0, r"config\.json cannot be used: heads is 0"),
+    ("d_model", 8.5, r"config\.json cannot be used: t5\.width is 8\.5"),
+    ("feed_forward_proj", "tanh", "feed_forward_proj is 'tanh'"),
+  ):
+    text = (other / "config.json").read_text()
+    (other / "config.json").write_text(json.dumps({**json.loads(text), key: value}))
+    with pytest.raises(UserError, match=words):
+      run(f"--source={other}", "--dry_run")
+    (other / "config.json").write_text(text)
   (other / "config.json").write_text('{"model_type": "gpt2"}')
   with pytest.raises(UserError, match="model_type 'gpt2', which is not known"):
     run(f"--source={other}", "--dry_run")
