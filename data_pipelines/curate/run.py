@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -156,12 +156,14 @@ def score(
   *,
   limits: decode.Limits | None = None,
   progress: Progress | None = None,
+  checksums: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
   """Computes what is missing; {"sources", "clips", "units", "wall_s"} of this call.
 
   Args:
     paths: of all files, relative to the input, see `sources.find`.
     progress: called with (what, done, in all).
+    checksums: what files should be, see `checksums.read`; others are rejected.
   """
   say = progress or (lambda what, done, total: None)
   began = time.monotonic()
@@ -172,6 +174,7 @@ def score(
     paths,
     run.recipe.partitions,
     progress=lambda done, total: say("hashing files", done, total),
+    checksums=checksums,
   )
   units = 0
   # By partition, the most that a phase has scored: what two phases score is not two.

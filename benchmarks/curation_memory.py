@@ -1,0 +1,138 @@
+"""Does the memory of curation grow with the number of files, or with the length of a film?
+
+  python -m benchmarks.curation_memory
+  python -m benchmarks.curation_memory --cases=planted --times=1,4 --out=memory.json
+
+Runs the whole command, all stages, export and shards, and adds up the resident memory of all of its
+processes (RSS, so what they share counts once for each) twenty times a second; "peak" is the most
+that it was at one moment, beside it the most that one process of each kind took. "planted" is the
+corpus with planted defects (`data_pipelines.curate.planted`), as many of them, with other seeds, as
+--times says; "film" is one film of so many times two minutes, scenes of 7 s with hard cuts, one
+after another. Linux only.
+"""
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+
+from data_pipelines.curate import planted
+
+_CONFIG = "data_pipelines/curate/configs/marbles.py"
+_EVERY = 0.05  # seconds between two looks
+_KINDS = ("driver", "worker", "decoder")  # by how deep below the command a process is
+_FPS, _SCENE, _MINUTES = 30, 7, 2
+_MIB = 1 << 20
+
+
+def write_planted(folder: Path, times: int, share: float, workers: int) -> None:
+  for seed in range(times):
+    planted.write(folder / f"seed{seed}", seed, share, workers)
+
+
+def write_film(path: Path, seconds: int, height: int, width: int) -> None:
+  """H.264; a window that moves over another picture in each scene."""
+  path.parent.mkdir(parents=True)
+  with av.open(str(path), "w") as container:
+    stream = container.add_stream("libx264", rate=_FPS)
+    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+    stream.options = {"preset": "veryfast", "crf": "23"}
+    for picture in itertools.islice(_pictures(height, width), seconds * _FPS):
+      container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+    container.mux(stream.encode(None))
+
+
+def _pictures(height: int, width: int) -> Iterator[np.ndarray]:
+  rng = np.random.default_rng(0)
+  for _ in itertools.count():
+    small = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    texture = cv2.resize(small, (2 * width, height + 8))
+    for frame in range(_SCENE * _FPS):
+      x, y = 2 * frame % width, frame % 8
+      yield texture[y : y + height, x : x + width]
+
+
+def watched(command: Sequence[str]) -> dict[str, float]:
+  """Runs it; MiB of all processes at once, and of the largest of each kind, and seconds."""
+  began = time.monotonic()
+  most = dict.fromkeys(("peak", *_KINDS), 0)
+  with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+    while run.poll() is None:
+      sizes = list(_family(run.pid))
+      most["peak"] = max(most["peak"], sum(size for _, size in sizes))
+      for depth, size in sizes:
+        kind = _KINDS[min(depth, len(_KINDS) - 1)]
+        most[kind] = max(most[kind], size)
+      time.sleep(_EVERY)
+    _, errors = run.communicate()
+  if run.returncode:
+    raise SystemExit(errors.decode())
+  return {f"{k}_mib": v / _MIB for k, v in most.items()} | {"wall_s": time.monotonic() - began}
+
+
+def _family(pid: int, depth: int = 0) -> Iterator[tuple[int, int]]:
+  """(generations below the first, resident bytes) of a process and all that come from it."""
+  try:
+    pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+    threads = list(Path(f"/proc/{pid}/task").iterdir())
+    children = [child for t in threads for child in (t / "children").read_text().split()]
+  except OSError:  # it has ended meanwhile
+    return
+  yield depth, int(pages) * os.sysconf("SC_PAGE_SIZE")
+  for child in children:
+    yield from _family(int(child), depth + 1)
+
+
+def curate(folder: Path, output: Path, workers: int) -> dict[str, float]:
+  command = [
+    *(sys.executable, "-m", "data_pipelines.curate", f"--config={_CONFIG}", f"--input={folder}"),
+    *(f"--output={output}", f"--workers={workers}", "--config.probe.max_seconds=20000"),
+  ]
+  try:
+    return watched(command)
+  finally:
+    shutil.rmtree(output, ignore_errors=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+  from benchmarks import common
+
+  parser = common.parser(__doc__, rounds=1)
+  parser.add_argument("--cases", default="planted,film", help='"planted", "film" or both.')
+  parser.add_argument("--times", default="1,4", help='How much of each (default: "1,4").')
+  parser.add_argument(
+    "--share", type=float, default=1.0, help="Of a planted corpus (1: 345 files)."
+  )
+  parser.add_argument("--size", default="240,320", help="Of the film: height,width.")
+  parser.add_argument("--processes", type=int, default=2, help="How many at once (default: 2).")
+  options = parser.parse_args(arguments)
+  work = Path(tempfile.mkdtemp(prefix="mgen_jax-memory-"))
+  rows = []
+  for case in options.cases.split(","):
+    for times in common.numbers(options.times):
+      folder = work / f"{case}{times}"
+      if case == "planted":
+        write_planted(folder, times, options.share, options.processes)
+      else:
+        seconds = 60 * _MINUTES * times
+        write_film(folder / "film.mp4", seconds, *common.numbers(options.size))
+      for round_ in range(options.rounds):
+        found = curate(folder, work / "curated", options.processes)
+        rows.append({"case": case, "times": times, "round": round_ + 1, **found})
+      shutil.rmtree(folder)
+  shutil.rmtree(work)
+  return common.report("curation_memory", rows, options.out)
+
+
+if __name__ == "__main__":
+  main()
