@@ -4,15 +4,15 @@
   python -m benchmarks.curation_memory --cases=planted --times=1,4 --out=memory.json
 
 Runs the whole command, all stages, export and shards, and adds up the resident memory of all of its
-processes (RSS, so what they share counts once for each) twenty times a second; "peak" is the most
-that it was at one moment, beside it the most that one process of each kind took. "planted" is the
+processes (RSS, so what they share counts once for each) twenty times a second: "peak" is the most
+that it was. Beside it the most that one process of each kind took, as the kernel knows it (VmHWM). "planted" is the
 corpus with planted defects (`data_pipelines.curate.planted`), as many of them, with other seeds, as
---times says; "film" is one film of so many times two minutes, scenes of 7 s with hard cuts, one
-after another. Linux only.
+--times says; "film" is one film of so many times two minutes, with sound, in scenes of 7 s.
+Linux only.
 """
 
 import itertools
-import os
+import json
 import shutil
 import subprocess
 import sys
@@ -32,6 +32,7 @@ _CONFIG = "data_pipelines/curate/configs/marbles.py"
 _EVERY = 0.05  # seconds between two looks
 _KINDS = ("driver", "worker", "decoder")  # by how deep below the command a process is
 _FPS, _SCENE, _MINUTES = 30, 7, 2
+_RATE = 48_000  # Hz
 _MIB = 1 << 20
 
 
@@ -41,15 +42,22 @@ def write_planted(folder: Path, times: int, share: float, workers: int) -> None:
 
 
 def write_film(path: Path, seconds: int, height: int, width: int) -> None:
-  """H.264; a window that moves over another picture in each scene."""
+  """H.264 and AAC; a window that moves over another picture in each scene, and noise."""
   path.parent.mkdir(parents=True)
+  samples = _RATE // _FPS  # of a frame
   with av.open(str(path), "w") as container:
     stream = container.add_stream("libx264", rate=_FPS)
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
     stream.options = {"preset": "veryfast", "crf": "23"}
-    for picture in itertools.islice(_pictures(height, width), seconds * _FPS):
+    sound = container.add_stream("aac", rate=_RATE, layout="stereo")
+    noise = np.random.default_rng(0).uniform(-0.1, 0.1, (2, samples)).astype(np.float32)
+    for number, picture in enumerate(itertools.islice(_pictures(height, width), seconds * _FPS)):
       container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+      heard = av.AudioFrame.from_ndarray(noise, format="fltp", layout="stereo")
+      heard.rate, heard.pts = _RATE, number * samples
+      container.mux(sound.encode(heard))
     container.mux(stream.encode(None))
+    container.mux(sound.encode(None))
 
 
 def _pictures(height: int, width: int) -> Iterator[np.ndarray]:
@@ -68,11 +76,11 @@ def watched(command: Sequence[str]) -> dict[str, float]:
   most = dict.fromkeys(("peak", *_KINDS), 0)
   with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
     while run.poll() is None:
-      sizes = list(_family(run.pid))
-      most["peak"] = max(most["peak"], sum(size for _, size in sizes))
-      for depth, size in sizes:
+      family = list(_family(run.pid))
+      most["peak"] = max(most["peak"], sum(now for _, now, _ in family))
+      for depth, _, highest in family:
         kind = _KINDS[min(depth, len(_KINDS) - 1)]
-        most[kind] = max(most[kind], size)
+        most[kind] = max(most[kind], highest)
       time.sleep(_EVERY)
     _, errors = run.communicate()
   if run.returncode:
@@ -80,15 +88,19 @@ def watched(command: Sequence[str]) -> dict[str, float]:
   return {f"{k}_mib": v / _MIB for k, v in most.items()} | {"wall_s": time.monotonic() - began}
 
 
-def _family(pid: int, depth: int = 0) -> Iterator[tuple[int, int]]:
-  """(generations below the first, resident bytes) of a process and all that come from it."""
+def _family(pid: int, depth: int = 0) -> Iterator[tuple[int, int, int]]:
+  """(generations below the first, resident bytes now, and at most so far) of a process and all that
+  come from it."""
   try:
-    pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     threads = list(Path(f"/proc/{pid}/task").iterdir())
     children = [child for t in threads for child in (t / "children").read_text().split()]
   except OSError:  # it has ended meanwhile
     return
-  yield depth, int(pages) * os.sysconf("SC_PAGE_SIZE")
+  fields = dict(line.split(":", 1) for line in lines)
+  if "VmHWM" in fields:  # not of one that is ending
+    now, highest = (1024 * int(fields[key].split()[0]) for key in ("VmRSS", "VmHWM"))
+    yield depth, now, highest
   for child in children:
     yield from _family(int(child), depth + 1)
 
@@ -99,7 +111,9 @@ def curate(folder: Path, output: Path, workers: int) -> dict[str, float]:
     *(f"--output={output}", f"--workers={workers}", "--config.probe.max_seconds=20000"),
   ]
   try:
-    return watched(command)
+    found = watched(command)
+    report = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    return {"kept": report["kept"], "frames": report["costs"]["frames"]} | found
   finally:
     shutil.rmtree(output, ignore_errors=True)
 
