@@ -5,10 +5,10 @@
 
 Runs the whole command, all stages, export and shards, and adds up the resident memory of all of its
 processes (RSS, so what they share counts once for each) twenty times a second: "peak" is the most
-that it was. Beside it the most that one process of each kind took, as the kernel knows it (VmHWM). "planted" is the
-corpus with planted defects (`data_pipelines.curate.planted`), as many of them, with other seeds, as
---times says; "film" is one film of so many times two minutes, with sound, in scenes of 7 s.
-Linux only.
+that it was. Beside it the most that one process of each kind took, as the kernel knows (VmHWM).
+"planted" is the corpus with planted defects (`data_pipelines.curate.planted`), as many of them, with
+other seeds, as --times says; "film" is one film of so many times two minutes, with sound, in scenes
+of 7 s. Linux only.
 """
 
 import itertools

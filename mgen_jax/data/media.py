@@ -268,7 +268,9 @@ def read_audio(
       for frame in itertools.chain(container.decode(stream), [None]):
         if at is None and frame is not None:
           at = round((frame.time or 0.0) * rate)
-          parts.append(np.zeros((stream.layout.nb_channels, max(0, min(at, last) - first)), np.float32))
+          parts.append(
+            np.zeros((stream.layout.nb_channels, max(0, min(at, last) - first)), np.float32)
+          )
         for block in resampler.resample(frame):
           samples = block.to_ndarray()
           part = samples[:, max(0, first - at) : max(0, last - at)]

@@ -14,6 +14,8 @@ pytest.importorskip("cv2", reason="needs the extra: pip install mgen_jax[curate]
 from data_pipelines.curate import checksums, select
 from data_pipelines.curate import run as running
 from data_pipelines.curate.engines.local import Local
+from data_pipelines.curate.recipe import Recipe
+from data_pipelines.curate.stages.sidecar import Sidecar
 from mgen_jax.data.files import sha256_file
 from mgen_jax.errors import ConfigError, UserError
 from tests.data_pipelines.curate import small
@@ -150,6 +152,28 @@ def test_a_text_that_came_later_is_read(tmp_path):
   assert same == [r for r in after.to_pylist() if r["path"] != "clip000.mp4"]
   _, totals, _ = curate(small.recipe(), videos, tmp_path / "out")
   assert totals["units"] == 0
+
+
+def test_captions_that_are_not_utf8_are_named_before_anything_is_decoded(tmp_path):
+  folder = small.write_videos(tmp_path / "videos", 3)
+  for name in ("clip000.txt", "clip001.txt"):
+    (folder / name).write_bytes("schön".encode("latin-1"))
+
+  class Nobody:
+    def run(self, function, tasks):
+      raise AssertionError("work was given out")
+
+    close = None
+
+  stages = (small.Header(), Sidecar(), small.Halves(), small.Light())
+  recipe = Recipe(stages, seed=0, partitions=8, gated=())
+  with pytest.raises(UserError, match=r"\.txt is not UTF-8 \(byte 3\); .* \(and 1 more texts"):
+    curate(recipe, folder, tmp_path / "out", engine=Nobody())
+  (folder / "clip000.txt").unlink()
+  (folder / "clip001.txt").write_text("schön", encoding="utf-8")
+  _, _, table = curate(recipe, folder, tmp_path / "out")
+  captions = {row["path"]: row["source_caption"] for row in table.to_pylist()}
+  assert captions == {"clip000.mp4": "", "clip001.mp4": "schön", "clip002.mp4": ""}
 
 
 def test_another_setting_scores_that_stage_and_what_reads_it(first, videos, tmp_path):
