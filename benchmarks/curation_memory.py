@@ -6,9 +6,9 @@
 Runs the whole command, all stages, export and shards, and adds up the resident memory of all of its
 processes (RSS, so what they share counts once for each) twenty times a second: "peak" is the most
 that it was. Beside it the most that one process of each kind took, as the kernel knows (VmHWM).
-"planted" is the corpus with planted defects (`data_pipelines.curate.planted`), as many of them, with
-other seeds, as --times says; "film" is one film of so many times two minutes, with sound, in scenes
-of 7 s. Linux only.
+"planted" is the corpus with planted defects (`data_pipelines.curate.planted`), as many of them,
+each with another seed, as --times says; "film" is one film of so many times two minutes, with
+sound, in scenes of 7 s. Linux only.
 """
 
 import itertools
@@ -74,13 +74,15 @@ def watched(command: Sequence[str]) -> dict[str, float]:
   """Runs it; MiB of all processes at once, and of the largest of each kind, and seconds."""
   began = time.monotonic()
   most = dict.fromkeys(("peak", *_KINDS), 0)
+  known: set[int] = set()  # a process that has just been forked still shows its parent's memory
   with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
     while run.poll() is None:
       family = list(_family(run.pid))
-      most["peak"] = max(most["peak"], sum(now for _, now, _ in family))
-      for depth, _, highest in family:
+      most["peak"] = max(most["peak"], sum(now for pid, _, now, _ in family if pid in known))
+      for pid, depth, _, highest in family:
         kind = _KINDS[min(depth, len(_KINDS) - 1)]
-        most[kind] = max(most[kind], highest)
+        most[kind] = max(most[kind], highest if pid in known else 0)
+      known = {pid for pid, *_ in family}
       time.sleep(_EVERY)
     _, errors = run.communicate()
   if run.returncode:
@@ -88,9 +90,9 @@ def watched(command: Sequence[str]) -> dict[str, float]:
   return {f"{k}_mib": v / _MIB for k, v in most.items()} | {"wall_s": time.monotonic() - began}
 
 
-def _family(pid: int, depth: int = 0) -> Iterator[tuple[int, int, int]]:
-  """(generations below the first, resident bytes now, and at most so far) of a process and all that
-  come from it."""
+def _family(pid: int, depth: int = 0) -> Iterator[tuple[int, int, int, int]]:
+  """(pid, generations below the first, resident bytes now, and at most so far) of a process and all
+  that come from it."""
   try:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     threads = list(Path(f"/proc/{pid}/task").iterdir())
@@ -100,7 +102,7 @@ def _family(pid: int, depth: int = 0) -> Iterator[tuple[int, int, int]]:
   fields = dict(line.split(":", 1) for line in lines)
   if "VmHWM" in fields:  # not of one that is ending
     now, highest = (1024 * int(fields[key].split()[0]) for key in ("VmRSS", "VmHWM"))
-    yield depth, now, highest
+    yield pid, depth, now, highest
   for child in children:
     yield from _family(int(child), depth + 1)
 

@@ -113,6 +113,8 @@ def _decide(run: running.Run, config: config_lib.CurateConfig):
     config.limits,
   )
   print(funnel.text(found["funnel"]))
+  for sentence in funnel.steep(run.recipe, found["funnel"]):
+    print(sentence, file=sys.stderr)
   if not table.num_rows or not found["kept"]:
     print("nothing is kept: the report shows which threshold to look at", file=sys.stderr)
   print(f"report: {run.store.root / 'report.html'}")
