@@ -33,7 +33,7 @@ def test_a_film_under_another_hash_is_the_same_film(tmp_path):
 def test_the_memory_of_all_processes_is_added_up(tmp_path):
   """Of a command with a child: both are seen, and the sum is no less than the largest."""
   script = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
-  child = "x = bytearray(b'1' * (100 << 20)); import time; time.sleep(1)"
+  child = "x = b'1' * (100 << 20); import time; time.sleep(1)"
   found = curation_memory.watched([sys.executable, "-c", script, child])
   assert 100 < found["worker_mib"] < 400 and 0 < found["driver_mib"] < 100
   assert found["decoder_mib"] == 0 and found["peak_mib"] >= found["worker_mib"]
