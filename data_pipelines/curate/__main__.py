@@ -9,6 +9,7 @@ can be set by a flag, like --config.text.max_score=0.5; a threshold only costs a
   --what-if=motion.min_at_30=1.5    what that would leave, beside what is; changes nothing
   --action=select                   only decide again, and write the report
   --action=verify                   read every byte of the results
+  --checksums=SHA256SUMS            refuse files that are not what the list says
   --engine=ray --workers=64 --engine_options=auto                    on a Ray cluster
   --engine=beam --engine_options=--runner=DataflowRunner,--project=p on Beam's runners
 """

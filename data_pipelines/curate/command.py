@@ -6,14 +6,15 @@ Not in `__main__`: every process of a run imports that file once more.
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 from rich import console
 from rich import progress as rich_progress
 
+from data_pipelines.curate import checksums, engines, export, funnel, report, shards, sources
 from data_pipelines.curate import config as config_lib
-from data_pipelines.curate import engines, export, funnel, report, shards, sources
 from data_pipelines.curate import run as running
 from mgen_jax.errors import UserError
 
@@ -50,13 +51,13 @@ def _run(config: config_lib.CurateConfig, recipe) -> None:
   values = flags.FLAGS
   if values.input is None:
     raise UserError("--input is missing: name a folder of videos, a file, or a pattern.")
-  sources.find(values.input)  # before an engine starts
+  sums = _checksums(values.checksums, *sources.find(values.input))  # before an engine starts
   engine = engines.make(values.engine, values.workers, values.engine_options)
   began = time.monotonic()
   try:
     run, paths = running.create(config.name, recipe, values.input, values.output)
     with running.only_one(run.store.root), _Bar() as bar:
-      totals = running.score(run, paths, engine, limits=config.limits, progress=bar)
+      totals = running.score(run, paths, engine, limits=config.limits, progress=bar, checksums=sums)
       table = _decide(run, config)
       if values.export:
         made = export.export(run, table, engine, config.export, limits=config.limits, progress=bar)
@@ -81,6 +82,24 @@ def _run(config: config_lib.CurateConfig, recipe) -> None:
       )
 
 
+def _checksums(file: str | None, root: Path, paths: Sequence[str]) -> dict[str, str]:
+  """What --checksums says of the files; tells which of them it does not list, and lists in vain."""
+  if file is None:
+    return {}
+  sums = checksums.read(file, root)
+  unknown = sorted(set(paths) - sums.keys())
+  if len(unknown) == len(paths):
+    raise UserError(
+      f"--checksums={file} lists none of the {len(paths)} files; its paths must be relative to"
+      f" {root}, like {paths[0]}."
+    )
+  missing = sorted(sums.keys() - set(paths))
+  for names, what in ((unknown, "are not listed, so not checked"), (missing, "are not there")):
+    if names:
+      print(f"--checksums: {len(names)} files {what}, like {names[0]}", file=sys.stderr)
+  return sums
+
+
 def _decide(run: running.Run, config: config_lib.CurateConfig):
   table = running.decide(run)
   running.save_selection(run, table)
@@ -94,6 +113,8 @@ def _decide(run: running.Run, config: config_lib.CurateConfig):
     config.limits,
   )
   print(funnel.text(found["funnel"]))
+  for sentence in funnel.steep(run.recipe, found["funnel"]):
+    print(sentence, file=sys.stderr)
   if not table.num_rows or not found["kept"]:
     print("nothing is kept: the report shows which threshold to look at", file=sys.stderr)
   print(f"report: {run.store.root / 'report.html'}")
@@ -157,6 +178,7 @@ def define_flags() -> None:
   config_flags.DEFINE_config_file("config", help_string="The settings; see configs/.")
   flags.DEFINE_string("input", None, "Folder of videos, a file, or a pattern in quotes.")
   flags.DEFINE_string("output", None, "Folder of the results.")
+  flags.DEFINE_string("checksums", None, "What the videos should be, as sha256sum writes it.")
   flags.DEFINE_enum("action", "run", _ACTIONS, "What to do.")
   flags.DEFINE_enum("engine", "local", engines.NAMES, "Who does the work.")
   flags.DEFINE_integer("workers", 0, "Units of work at once; 0: one for each core.")

@@ -6,6 +6,7 @@ lies or that a file was cut short. MP4 and its kin, Matroska and AVI; of others 
 
 import dataclasses
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -16,6 +17,11 @@ _SEGMENT = b"\x18\x53\x80\x67"
 _CHECKSUM = b"\xbf\x84"  # four bytes of CRC-32, the first thing in an element that has one
 _PIECE = 1 << 20  # bytes read at once
 _DEEPEST = 64  # boxes looked at on a level
+_BOXES = {b"moov", b"trak", b"mdia", b"minf", b"dinf", b"stbl", b"edts"}  # hold nothing but boxes
+_LEVELS = 5  # moov, trak, mdia, minf, stbl
+# Every name that is registered, and those of phones and cameras. After zeros, which end a list in
+# QuickTime, comes no name.
+_NAME = re.compile(rb"[A-Za-z0-9 _.\-\xa9]{4}|\x00.{3}", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Declared:
   pixels: int = 0  # of the largest frame
   seconds: float = 0.0
   size: int = 0  # bytes
+  misnamed: bytes = b""  # the first part of an MP4's header whose name no part can have
 
 
 def declared(file: BinaryIO) -> Declared:
@@ -42,11 +49,36 @@ def declared(file: BinaryIO) -> Declared:
   for path in ((b"moov", b"mvhd"), (b"moov", b"trak", b"mdia", b"mdhd")):
     for start, _ in _inside(file, 0, size, path):
       seconds.append(_seconds(file, start))
-  return Declared(pixels=max(pixels), seconds=max(seconds))
+  misnamed = [
+    name
+    for start, end in _inside(file, 0, size, (b"moov",))
+    for name in _misnamed(file, start, end)
+  ]
+  return Declared(max(pixels), max(seconds), misnamed=next(iter(misnamed), b""))
+
+
+def _misnamed(file, start, end, levels=_LEVELS) -> Iterator[bytes]:
+  """Names of boxes within that cannot be: players skip what they do not know, damage too."""
+  for kind, body, stop in _boxes(file, start, end):
+    if not _NAME.fullmatch(kind):
+      yield kind
+    if kind in _BOXES and levels > 1:
+      yield from _misnamed(file, body, stop, levels - 1)
 
 
 def _inside(file, start, end, path) -> Iterator[tuple[int, int]]:
   """Where the contents of the boxes at `path` start and end."""
+  for kind, body, stop in _boxes(file, start, end):
+    if kind != path[0]:
+      continue
+    if len(path) == 1:
+      yield body, stop
+    else:
+      yield from _inside(file, body, stop, path[1:])
+
+
+def _boxes(file, start, end) -> Iterator[tuple[bytes, int, int]]:
+  """(name, start, end of the contents) of the boxes of one level."""
   for _ in range(_DEEPEST):
     if start + 8 > end:
       return
@@ -60,12 +92,7 @@ def _inside(file, start, end, path) -> Iterator[tuple[int, int]]:
     size = size or end - start
     if size < 8:
       return
-    if kind == path[0]:
-      stop = min(start + size, end)
-      if len(path) == 1:
-        yield body, stop
-      else:
-        yield from _inside(file, body, stop, path[1:])
+    yield kind, body, min(start + size, end)
     start += size
 
 

@@ -173,6 +173,9 @@ def explain(error: Exception, path: str) -> DecodeError:
     if words in text:
       code = name
       break
+  if isinstance(error, av.FFmpegError):
+    said = f": {error.log[2].strip()}" if error.log else ""
+    text = f"{path} is damaged ({error.strerror}{said}); copy it again."
   return DecodeError(code, text)
 
 

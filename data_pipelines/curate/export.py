@@ -180,10 +180,9 @@ def cut(
 
 def _sound(source: str, start: float, end: float) -> np.ndarray | None:
   try:
-    samples = media.read_audio(source, _RATE)
+    return media.read_audio(source, _RATE, start, end)
   except media.MediaError:
     return None  # a picture without its sound is still a clip
-  return samples[round(start * _RATE) : round(end * _RATE)]
 
 
 def _chunks(

@@ -4,6 +4,7 @@ Everything here is a function of the table that `select` decided and plain value
 as it is. Not here: pictures and HTML (`report`).
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -219,3 +220,19 @@ def text(found: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]] 
       line += f"{instead[row['key']]:>9,}"
     lines.append(f"{line}  {row['threshold']}".rstrip())
   return "\n".join(lines)
+
+
+def steep(recipe: Recipe, found: Sequence[Mapping[str, Any]]) -> list[str]:
+  """A sentence for each step that takes more than half of what the ones before it left, which is
+  hardly ever meant: a mix of which a folder holds little, a bound made for other videos."""
+  by_reason = {rule.reason: stage.name for stage, rule in recipe.rules()}
+  sentences = []
+  for before, row in itertools.pairwise(found):
+    stages = dict.fromkeys(by_reason[r] for r in row["reasons"] if r in by_reason)
+    if stages and row["left"] < before["left"] / 2:
+      flags = ", ".join(f"--config.{name}" for name in stages)
+      sentences.append(
+        f'"{row["label"]}" leaves {row["left"]} of {before["left"]}; its settings are those of'
+        f" {flags}"
+      )
+  return sentences

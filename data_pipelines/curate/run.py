@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,12 +156,14 @@ def score(
   *,
   limits: decode.Limits | None = None,
   progress: Progress | None = None,
+  checksums: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
   """Computes what is missing; {"sources", "clips", "units", "wall_s"} of this call.
 
   Args:
     paths: of all files, relative to the input, see `sources.find`.
     progress: called with (what, done, in all).
+    checksums: what files should be, see `checksums.read`; others are rejected.
   """
   say = progress or (lambda what, done, total: None)
   began = time.monotonic()
@@ -172,6 +174,7 @@ def score(
     paths,
     run.recipe.partitions,
     progress=lambda done, total: say("hashing files", done, total),
+    checksums=checksums,
   )
   units = 0
   # By partition, the most that a phase has scored: what two phases score is not two.
@@ -186,6 +189,7 @@ def score(
         say(stages[0].name, 1, 1)
         continue
       tasks = _due(run, listed, phase, limits or decode.Limits())
+      _read_texts(run, listed, stages, tasks)
       name = stages[0].name if phase else "scoring"
       say(name, 0, len(tasks))
       # Rows alone are quicker done here than workers are started for them.
@@ -237,6 +241,29 @@ def _due(run: Run, listed: pa.Table, phase: int, limits: decode.Limits) -> list[
     sizes[partition] += size or 0
   # The largest first: one that came last would be waited for alone.
   return sorted(tasks, key=lambda task: -sizes[task.partition])
+
+
+def _read_texts(
+  run: Run, listed: pa.Table, stages: Sequence[Stage], tasks: list[work.Task]
+) -> None:
+  """Reads what lies beside the files that are due, before hours of decoding end at one of them.
+
+  Raises UserError that names the first text that cannot be read, and how many there are.
+  """
+  due = {task.partition for task in tasks}
+  rows = listed.select(["path", "partition", "listed_error"]).to_pylist()
+  paths = [row["path"] for row in rows if row["partition"] in due and not row["listed_error"]]
+  faults: dict[str, None] = {}
+  for stage in stages:
+    if isinstance(stage, SourceStage) and stage.beside:
+      for path in paths:
+        try:
+          stage.score(os.path.join(run.input_root, path))
+        except UserError as error:
+          faults[str(error)] = None
+  if faults:
+    more = f" (and {len(faults) - 1} more texts like it)" if len(faults) > 1 else ""
+    raise UserError(f"{next(iter(faults))}{more}")
 
 
 def _is_done(run: Run, task: work.Task) -> bool:

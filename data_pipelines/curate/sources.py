@@ -27,6 +27,7 @@ REASONS: Mapping[str, str] = {
   "linked_outside": "it is a link that leaves the folder; copy the file instead",
   "cannot_open": "it cannot be opened; check its permissions, or the link",
   "name_not_utf8": "its name is not UTF-8; rename it",
+  "checksum": "its SHA-256 is not that of the list in --checksums; copy it again",
 }
 _IGNORED = frozenset(
   (*IMAGE_SUFFIXES, ".txt", ".json", ".jsonl", ".csv", ".parquet", ".md", ".html", ".srt", ".vtt")
@@ -85,12 +86,17 @@ def update(
   *,
   threads: int | None = None,
   progress: Callable[[int, int], None] | None = None,
+  checksums: Mapping[str, str] | None = None,
 ) -> pa.Table:
   """Writes sources.parquet for `paths` and returns it; only new or changed files are hashed.
 
   Columns: source_id (SHA-256 of the bytes), copy, path (relative to the input), bytes, partition,
   mtime_ns, listed_error (a key of `REASONS` for a file that is not touched; its id is then the hash
   of its path), beside (sizes and times of the texts that may hold its caption).
+
+  Args:
+    checksums: SHA-256 by path; these files are read in any case, and one that has another hash is
+      listed as "checksum".
   """
   path = store_root / NAME
   known: dict[str, Mapping[str, Any]] = {}
@@ -98,7 +104,12 @@ def update(
     known = {row["path"]: row for row in rows_of(read_table(path))}
 
   def look(name: str) -> dict[str, Any]:
-    return _look(input_root, name, known.get(_printable(name)))
+    wanted = (checksums or {}).get(name)
+    # What a disk does to a file shows in neither its size nor its time.
+    row = _look(input_root, name, known.get(_printable(name)) if wanted is None else None)
+    if row["listed_error"] or wanted in (None, row["source_id"]):
+      return row
+    return row | _unusable(name, "checksum")
 
   rows = []
   with futures.ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:

@@ -11,7 +11,9 @@ non-square pixels applied); times are seconds from the first frame; sound is flo
 
 import dataclasses
 import io
+import itertools
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -243,10 +245,13 @@ def read_image(source: str | os.PathLike | bytes, size: tuple[int, int] | None =
   return np.asarray(image)
 
 
-def read_audio(source: str | os.PathLike | bytes, rate: int) -> np.ndarray:
+def read_audio(
+  source: str | os.PathLike | bytes, rate: int, start: float = 0.0, end: float | None = None
+) -> np.ndarray:
   """Decodes the first sound track to float32 [samples, channels] at `rate` Hz.
 
-  Sample 0 is the start of the file's timeline. Raises MediaError if there is no sound.
+  Sample 0 is `start` seconds after the start of the file's timeline; only what lies before `end` is
+  held in memory. Raises MediaError if there is no sound.
   """
   name = _name(source)
   with open_media(source) as container:
@@ -254,23 +259,31 @@ def read_audio(source: str | os.PathLike | bytes, rate: int) -> np.ndarray:
       raise MediaError(f"{name} has no sound track.")
     stream = container.streams.audio[0]
     resampler = av.AudioResampler(format="fltp", layout=stream.layout.name, rate=rate)
-    blocks, lead = [], None
+    first, last = round(start * rate), round(end * rate) if end is not None else sys.maxsize
+    if stream.duration:  # encoders pad the last block; the header knows the true end
+      length = float((stream.duration + (stream.start_time or 0)) * stream.time_base)
+      last = min(last, round(length * rate))
+    parts, at = [], None  # at: the number of the next sample
     try:
-      for frame in container.decode(stream):
-        if lead is None:
-          lead = round((frame.time or 0.0) * rate)
-        blocks += [block.to_ndarray() for block in resampler.resample(frame)]
-      blocks += [block.to_ndarray() for block in resampler.resample(None)]
+      for frame in itertools.chain(container.decode(stream), [None]):
+        if at is None and frame is not None:
+          at = round((frame.time or 0.0) * rate)
+          parts.append(
+            np.zeros((stream.layout.nb_channels, max(0, min(at, last) - first)), np.float32)
+          )
+        for block in resampler.resample(frame):
+          samples = block.to_ndarray()
+          part = samples[:, max(0, first - at) : max(0, last - at)]
+          if part.size:  # an empty one would hold on to the block
+            parts.append(part)
+          at += samples.shape[1]
+        if at is not None and at >= last:
+          break
     except av.FFmpegError as error:
       raise MediaError(f"{name}: its sound cannot be decoded ({error.strerror}).") from error
-    if not blocks:
+    if at is None:
       raise MediaError(f"{name} has an empty sound track.")
-    samples = np.concatenate(blocks, axis=1)
-    samples = np.pad(samples, ((0, 0), (lead, 0))) if lead > 0 else samples[:, -lead:]
-    if stream.duration:  # encoders pad the last block; the header knows the true end
-      length = round(float((stream.duration + (stream.start_time or 0)) * stream.time_base) * rate)
-      samples = samples[:, :length]
-  return np.ascontiguousarray(samples.T)
+  return np.ascontiguousarray(np.concatenate(parts, axis=1).T)
 
 
 @contextmanager

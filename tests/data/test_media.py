@@ -174,6 +174,18 @@ def test_sound_comes_back_at_its_time(tmp_path):
   assert abs(len(slower) - 32000) < 32
 
 
+@pytest.mark.parametrize(("suffix", "codec"), [(".mp4", "libx264"), (".webm", "libvpx-vp9")])
+def test_a_part_of_the_sound_is_that_part_of_all_of_it(tmp_path, suffix, codec):
+  noise = np.random.default_rng(0).uniform(-0.5, 0.5, (2 * SECOND, 2)).astype(np.float32)
+  path = tmp_path / f"noise{suffix}"
+  media.write_video(path, ramp(), 8, audio=noise, codec=codec)
+  for rate in (SECOND, 16000):
+    whole = media.read_audio(path, rate)
+    for start, end in ((0.0, 0.01), (0.3, 1.1), (1.9, 9.0), (5.0, 6.0)):
+      part = media.read_audio(path, rate, start, end)
+      np.testing.assert_array_equal(part, whole[round(start * rate) : round(end * rate)])
+
+
 def test_a_video_without_sound_says_so(tmp_path):
   media.write_video(tmp_path / "mute.mp4", ramp(), 8)
   with pytest.raises(MediaError, match="no sound"):

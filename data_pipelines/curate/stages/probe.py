@@ -41,6 +41,7 @@ class Probe(SourceStage):
   """Settings: which headers are refused, and that the suffix must be that of the content."""
 
   name: ClassVar[str] = "probe"
+  code: ClassVar[int] = 2  # headers with a part of no possible name are refused
   columns: ClassVar[dict[str, pa.DataType]] = {
     "container": pa.string(),
     "codec": pa.string(),
@@ -134,7 +135,7 @@ def _first_frame(container, stream, path) -> av.VideoFrame:
 def _check_file(path: str, limits: Limits) -> None:
   """Refuses what need not be opened by FFmpeg.
 
-  Raises DecodeError: not_media, empty, wrong_extension, too_large.
+  Raises DecodeError: not_media, empty, wrong_extension, too_large, too_long, damaged, truncated.
   """
   if not os.path.isfile(path):
     raise DecodeError("not_media", f"{path} is no file.")
@@ -155,6 +156,11 @@ def _check_file(path: str, limits: Limits) -> None:
       "too_long",
       f"{path} says that it lasts {header.seconds:.0f} s; at most {limits.duration:.0f} s are"
       " read.",
+    )
+  if header.misnamed:
+    raise DecodeError(
+      "damaged",
+      f"{path} is damaged (a part of its header is named {header.misnamed!r}); copy it again.",
     )
   if header.size > os.path.getsize(path):
     raise DecodeError(

@@ -129,6 +129,22 @@ def test_headers_are_read_without_a_decoder():
   assert declared(io.BytesIO(b"")) == Declared()
 
 
+def test_a_part_of_a_header_whose_name_cannot_be_is_damage(tmp_path):
+  """Players skip it as something they do not know; FFmpeg's `hdlr` within `minf` is one."""
+  data = encode_video(moving(1, 1, FPS, 64, 96), FPS, container=".mov", codec="mpeg4")
+  assert declared(io.BytesIO(data)).misnamed == b""
+  place = data.rindex(b"hdlr")
+  flipped = data[:place] + bytes([data[place] ^ 8]) + data[place + 1 :]
+  path = tmp_path / "v.mov"
+  path.write_bytes(flipped)
+  scores = Probe().score(str(path))
+  assert scores["error_code"] == "damaged" and "`dlr" in scores["error"]
+  nested = b"".join((8 * left).to_bytes(4, "big") + b"moov" for left in range(20_000, 0, -1))
+  assert declared(io.BytesIO(nested)).misnamed == b""  # and does not follow it to its end
+  ended = (20).to_bytes(4, "big") + b"moov" + bytes(4) + (8).to_bytes(4, "big") + b"free"
+  assert declared(io.BytesIO(ended)).misnamed == b""  # zeros end a list in QuickTime
+
+
 def test_checksums_of_matroska_tell_where_a_byte_was_altered(tmp_path):
   video = moving(1, 1, FPS, 64, 96)
   data = encode_video(video, FPS, container=".mkv")

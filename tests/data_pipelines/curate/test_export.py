@@ -108,6 +108,19 @@ def test_a_cut_keeps_rate_and_sound(tmp_path):
   assert np.abs(heard[2400:-4800]).max() > 0.3
 
 
+def test_a_step_that_takes_more_than_half_is_named(made):
+  run, table, _ = made
+  assert funnel.steep(run.recipe, funnel.rows(run.recipe, table)) == []
+  dark = dataclasses.replace(run, recipe=small.recipe(light=small.Light(darkest=160.0)))
+  rows = funnel.rows(dark.recipe, running.decide(dark))
+  (sentence,) = funnel.steep(dark.recipe, rows)
+  left = {row["key"]: row["left"] for row in rows}
+  assert sentence == (
+    f'"aesthetics" leaves {left["aesthetics"]} of {left["scene"]}; its settings are those of'
+    " --config.light"
+  )
+
+
 def test_the_funnel_has_the_papers_rows_and_loses_nobody(made):
   run, table, _ = made
   rows = funnel.rows(run.recipe, table)

@@ -96,11 +96,17 @@ def test_verify_names_what_was_altered(curated):
     (("--output=out",), "--input is missing"),
     (("--input=nowhere", "--output=out"), "does not exist"),
     (("--input=.", "--output=out", "--engine=spark"), "spark"),
+    (("--input=Makefile", "--output=out", "--checksums=nowhere"), "cannot be read"),
+    (("--input=Makefile", "--output=out", "--checksums=sums"), "lists none of the 1 files"),
     (("--output=out", "--what-if=text.max_scroe=1"), "no run of curation"),
   ],
 )
 def test_bad_flags_are_one_sentence(given, words, tmp_path):
-  done = command(*[flag.replace("=out", f"={tmp_path / 'out'}") for flag in given])
+  (tmp_path / "sums").write_text(f"{'0' * 64}  elsewhere.mp4\n")
+  places = {"=out": f"={tmp_path / 'out'}", "=sums": f"={tmp_path / 'sums'}"}
+  for name, place in places.items():
+    given = [flag.replace(name, place) for flag in given]
+  done = command(*given)
   assert done.returncode != 0 and words in done.stderr
   assert "Traceback" not in done.stderr
   assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,18 +11,21 @@ import pytest
 pytest.importorskip("duckdb", reason="needs the extra: pip install mgen_jax[curate]")
 pytest.importorskip("cv2", reason="needs the extra: pip install mgen_jax[curate]")
 
+from data_pipelines.curate import checksums, select
 from data_pipelines.curate import run as running
-from data_pipelines.curate import select
 from data_pipelines.curate.engines.local import Local
+from data_pipelines.curate.recipe import Recipe
+from data_pipelines.curate.stages.sidecar import Sidecar
+from mgen_jax.data.files import sha256_file
 from mgen_jax.errors import ConfigError, UserError
 from tests.data_pipelines.curate import small
 
 
-def curate(recipe, videos: Path, output: Path, engine=None, name: str = "small"):
+def curate(recipe, videos: Path, output: Path, engine=None, name: str = "small", sums=None):
   made = running.create(name, recipe, str(videos), str(output))
   engine = engine or Here()
   with running.only_one(made[0].store.root):
-    totals = running.score(*made, engine, limits=small.LIMITS)
+    totals = running.score(*made, engine, limits=small.LIMITS, checksums=sums)
     table = running.decide(made[0])
     running.save_selection(made[0], table)
   engine.close()
@@ -150,6 +154,28 @@ def test_a_text_that_came_later_is_read(tmp_path):
   assert totals["units"] == 0
 
 
+def test_captions_that_are_not_utf8_are_named_before_anything_is_decoded(tmp_path):
+  folder = small.write_videos(tmp_path / "videos", 3)
+  for name in ("clip000.txt", "clip001.txt"):
+    (folder / name).write_bytes("schön".encode("latin-1"))
+
+  class Nobody:
+    def run(self, function, tasks):
+      raise AssertionError("work was given out")
+
+    close = None
+
+  stages = (small.Header(), Sidecar(), small.Halves(), small.Light())
+  recipe = Recipe(stages, seed=0, partitions=8, gated=())
+  with pytest.raises(UserError, match=r"\.txt is not UTF-8 \(byte 3\); .* \(and 1 more texts"):
+    curate(recipe, folder, tmp_path / "out", engine=Nobody())
+  (folder / "clip000.txt").unlink()
+  (folder / "clip001.txt").write_text("schön", encoding="utf-8")
+  _, _, table = curate(recipe, folder, tmp_path / "out")
+  captions = {row["path"]: row["source_caption"] for row in table.to_pylist()}
+  assert captions == {"clip000.mp4": "", "clip001.mp4": "schön", "clip002.mp4": ""}
+
+
 def test_another_setting_scores_that_stage_and_what_reads_it(first, videos, tmp_path):
   run, _, _ = first
   other = small.recipe(light=small.Light(gain=2.0))
@@ -229,6 +255,55 @@ def test_links_and_what_cannot_be_opened_are_listed(tmp_path):
   assert codes["leads_nowhere.mp4"] == "cannot_open"
   assert codes["empty.mp4"] == "probe_failed"
   assert codes["clip000.mp4"] is None
+
+
+def test_a_file_that_is_not_what_its_checksum_says_is_rejected_until_it_is(tmp_path):
+  folder = small.write_videos(tmp_path / "videos", 4)
+  names = sorted(path.name for path in folder.iterdir())
+  lines = [f"{sha256_file(folder / name)} *{name}\n" for name in names[:3]]
+  (tmp_path / "sums").write_text("".join([*lines, f"{'0' * 64}  gone.mp4\n"]))
+  sums = checksums.read(str(tmp_path / "sums"), folder)
+  assert sorted(sums) == [*names[:3], "gone.mp4"]
+
+  rotten = folder / names[1]
+  whole, stat = rotten.read_bytes(), rotten.stat()
+
+  def run(given):
+    _, totals, table = curate(small.recipe(), folder, tmp_path / "out", sums=given)
+    codes = {row["path"]: row["error_code"] for row in table.to_pylist()}
+    return totals["sources"], {name for name in codes if codes[name] == "checksum"}
+
+  assert run(sums) == (4, set())
+  # As a disk does it: neither its size nor its time tells.
+  rotten.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+  os.utime(rotten, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+  assert run(sums) == (1, {names[1]})
+  assert run(sums) == (0, {names[1]})
+  rotten.write_bytes(whole)
+  assert run(sums)[1] == set()
+
+
+@pytest.mark.parametrize(
+  ("text", "words"),
+  [
+    ("nonsense\n", "line 1: 'nonsense' is not a SHA-256"),
+    (f"{'a' * 64}  x.mp4\n{'b' * 64}  ./x.mp4\n", "line 2: ./x.mp4 has another hash"),
+    (b"\xff", "is not UTF-8"),
+    (None, "cannot be read"),
+  ],
+)
+def test_a_list_of_checksums_that_cannot_be_used_is_one_sentence(tmp_path, text, words):
+  file = tmp_path / "sums"
+  if text is not None:
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+  with pytest.raises(UserError, match=words):
+    checksums.read(str(file), tmp_path)
+
+
+def test_checksums_of_names_that_had_to_be_escaped(tmp_path):
+  file = tmp_path / "sums"
+  file.write_text("\\" + "A" * 64 + "  a\\\\b\\nc.mp4\n")
+  assert checksums.read(str(file), tmp_path) == {"a\\b\nc.mp4": "a" * 64}
 
 
 def test_the_selection_says_who_decided(first):
