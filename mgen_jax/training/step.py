@@ -80,7 +80,7 @@ def loss_and_gradients(
     (part, metrics), gradients = gradient(params, *rows_of(number, (batch, keys)))
     return jax.tree.map(jnp.add, sums, (part, metrics, gradients))
 
-  first = jax.tree.map(lambda x: x[: x.shape[0] // accumulate], (batch, keys))
+  first = jax.eval_shape(rows_of, jnp.int32(0), (batch, keys))
   (part, metrics), gradients = jax.eval_shape(gradient, params, *first)
   shapes = part, metrics, gradients
   zeros = outline(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
