@@ -66,7 +66,7 @@ def start(args: argparse.Namespace, folder: str) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> common.Row | None:
   """Starts cold and warm in turn."""
-  parser = common.parser(__doc__, rounds=3)
+  parser = common.parser(__doc__, rounds=1)
   add = parser.add_argument
   add("--layers", type=int, default=12, help="Written out, not scanned (default: 12).")
   add("--width", type=int, default=192, help="Of the model, a multiple of 6 (default: 192).")

@@ -46,9 +46,9 @@ def first_step(config: backbone.BackboneConfig, batch: int, tokens: int) -> dict
 
 def main(argv: list[str] | None = None) -> common.Row:
   """Measures every number of layers, scanned and unrolled in turn."""
-  parser = common.parser(__doc__, rounds=3)
+  parser = common.parser(__doc__, rounds=1)
   add = parser.add_argument
-  add("--layers", type=common.numbers, default=(6, 24, 48), help="Numbers of layers, with commas.")
+  add("--layers", type=common.numbers, default=(6, 24), help="Numbers of layers, with commas.")
   add("--width", type=int, default=192, help="Of the model, a multiple of 6 (default: 192).")
   add("--tokens", type=int, default=64, help="Of an example (default: 64).")
   add("--batch", type=int, default=2, help="Examples of a step (default: 2).")

@@ -19,6 +19,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -184,9 +185,15 @@ def plan_buckets(first: planner.Plan, buckets: Sequence[Bucket]) -> dict[str, An
     if twin in plans:
       plans[bucket.name] = {**plans[twin], "bucket": bucket.name, "same_as": twin}
     else:
-      logging.info("compiling bucket %s (%d of %d)", bucket.name, number, len(buckets))
-      changes = [*own_flags(sys.argv), f"--bucket={bucket.name}"]
-      plans[bucket.name] = apart.plan(changes, _TRY_SECONDS.value).record
+      where = f"bucket {bucket.name} ({number} of {len(buckets)})"
+      logging.info("compiling %s", where)
+      began = time.perf_counter()
+      try:
+        plan = apart.plan([*own_flags(sys.argv), f"--bucket={bucket.name}"], _TRY_SECONDS.value)
+      except UserError as error:
+        raise UserError(f"{where} could not be planned: {error}") from error
+      logging.info("%s: %s, in %.0f s", where, plan.brief(), time.perf_counter() - began)
+      plans[bucket.name] = plan.record
     record = dict(max(plans.values(), key=lambda plan: plan["memory_gib"]["total"]))
     record["buckets"] = plans
     record["fits"] = all(plan["fits"] for plan in plans.values())

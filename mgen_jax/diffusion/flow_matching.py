@@ -85,4 +85,4 @@ def training_pair(
 def loss(prediction: Array, target: Array) -> Array:
   """Mean squared error of each example, in fp32: [B, ...] -> [B]."""
   error = jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32))
-  return error.reshape(error.shape[0], -1).mean(-1)
+  return error.mean(tuple(range(1, error.ndim)))

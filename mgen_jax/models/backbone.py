@@ -397,8 +397,9 @@ class Backbone(nn.Module):
       layers.partitioned(nn.initializers.normal(cfg.width**-0.5), None, "embed"),
       (2, cfg.width),
     )
-    table = layers.expand(table, (x.shape[0], *table.shape))
-    shift, scale = jnp.split(embedded[:, None].astype(jnp.float32) + table, 2, axis=1)
+    shape = x.shape[0], *table.shape  # [B, 2, D]
+    embedded = jax.lax.broadcast_in_dim(embedded.astype(jnp.float32), shape, (0, 2))
+    shift, scale = jnp.split(embedded + layers.expand(table, shape), 2, axis=1)
     x = layers.Norm(cfg.norm, cfg.norm_eps, affine=cfg.norm_affine, name="head_norm")(x)
     x = nn.with_logical_constraint(x * (1 + scale) + shift, NORM_TOKENS)
     values = cfg.patch[0] * cfg.patch[1] * cfg.patch[2] * cfg.out_channels

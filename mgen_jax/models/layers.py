@@ -85,8 +85,8 @@ def _normalised(
 ) -> Array:
   x = x.astype(jnp.float32)
   if kind == "layer":
-    x = x - x.mean(-1, keepdims=True)
-  x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+    x = x - _to_rows(x.mean(-1), x.shape)
+  x = x * _to_rows(jax.lax.rsqrt(jnp.mean(x * x, -1) + eps), x.shape)
   x = x if scale is None else x * expand(scale, x.shape)
   x = x if bias is None else x + expand(bias, x.shape)
   return x.astype(dtype)
@@ -98,6 +98,11 @@ def expand(x: Array, shape: Sequence[int]) -> Array:
   What broadcasting does on its own, in one operation each way instead of three.
   """
   return jax.lax.broadcast_in_dim(x, shape, range(len(shape) - x.ndim, len(shape)))
+
+
+def _to_rows(x: Array, shape: Sequence[int]) -> Array:
+  """`x`, whose dimensions are the first of `shape`, for every place of the last one: likewise."""
+  return jax.lax.broadcast_in_dim(x, shape, range(x.ndim))
 
 
 class Affine(nn.Module):
@@ -187,7 +192,8 @@ def sinusoidal_embedding(values: Array, features: int, scale: float = 1000.0) ->
   """Sines and cosines of `scale * values` at frequencies from 1 to 1e-4: [B] -> [B, features]."""
   half = features // 2
   frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
-  angles = scale * values.astype(jnp.float32)[:, None] * frequencies
+  shape = values.shape[0], half
+  angles = _to_rows(scale * values.astype(jnp.float32), shape) * expand(frequencies, shape)
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 

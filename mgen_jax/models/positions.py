@@ -18,9 +18,12 @@ GROWTH = ("interpolate", "extend")
 
 def grid_sum(tables: Sequence[Array]) -> Array:
   """The factorised positions of a grid: tables [t, D], [h, D], [w, D] -> [1, t*h*w, D]."""
-  time, height, width = tables
-  total = time[:, None, None] + height[:, None] + width
-  return total.reshape(1, -1, tables[0].shape[-1])
+  shape = *(table.shape[0] for table in tables), tables[0].shape[-1]
+  # In one operation each way, unlike what broadcasting does on its own.
+  time, height, width = (
+    jax.lax.broadcast_in_dim(table, shape, (axis, 3)) for axis, table in enumerate(tables)
+  )
+  return (time + height + width).reshape(1, -1, shape[-1])
 
 
 def rotary_angles(grid: Sequence[int], head_dim: int, theta: float) -> Array:

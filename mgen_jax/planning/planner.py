@@ -31,6 +31,12 @@ class Plan:
   def fits(self) -> bool:
     return self.record["fits"]
 
+  def brief(self) -> str:
+    """What is said of it while others are still compiled."""
+    bound = self.record["step_seconds_bound"]
+    said = f"{self.memory.total / GIB:.1f} GiB, {'fits' if self.fits else 'does not fit'}"
+    return said if bound is None else f"{said}, bound {bound:.3g} s"
+
 
 def make_plan(
   experiment: Experiment,

@@ -109,21 +109,9 @@ def search(
       logging.warning("left out %s: %s", where, error)
       continue
     trials.append(Trial(choice, flags, plan, memory.total / GIB))
-    _say(where, trials[-1], began)
+    logging.info("tried %s: %s, in %.0f s", where, plan.brief(), time.perf_counter() - began)
     after_each(rank(trials))
   return rank(trials)
-
-
-def _say(where: str, trial: Trial, began: float) -> None:
-  bound = trial.plan.record["step_seconds_bound"]
-  logging.info(
-    "tried %s: %.1f GiB, %s%s, in %.0f s",
-    where,
-    trial.plan.memory.total / GIB,
-    "fits" if trial.plan.fits else "does not fit",
-    "" if bound is None else f", bound {bound:.3g} s",
-    time.perf_counter() - began,
-  )
 
 
 def search_sampling(
@@ -157,7 +145,7 @@ def search_sampling(
       changed = dataclasses.replace(wanted, mesh=mesh)
       plan = planner.make_sample_plan(experiment, name, bucket, topology, devices, changed)
     trials.append(_sampled(mesh, plan))
-    _say(where, trials[-1], began)
+    logging.info("tried %s: %s, in %.0f s", where, plan.brief(), time.perf_counter() - began)
     after_each(rank(trials))
   return rank(trials)
 

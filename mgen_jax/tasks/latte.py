@@ -23,7 +23,7 @@ from mgen_jax.errors import ConfigError, UserError, check_ranges
 from mgen_jax.models import latte
 from mgen_jax.models.autoencoder import AutoencoderConfig
 from mgen_jax.models.latte import LatteConfig
-from mgen_jax.tasks import text_inputs
+from mgen_jax.tasks import draws, text_inputs
 from mgen_jax.tasks.base import ArraySpec
 from mgen_jax.tasks.class_labels import ClassLabels
 from mgen_jax.tasks.text_inputs import FeatureTextConfig
@@ -223,13 +223,11 @@ class Latte:
       images = batch["images"].shape[1]
       x0 = jnp.concatenate([x0, batch["images"].astype(jnp.float32)], 1)
 
-    def bernoulli(keys):
-      rate = self.config.condition_dropout
-      return jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
-
-    drop = bernoulli(drop_keys)[:, None]  # [B, 1]
+    rate = self.config.condition_dropout
+    drop = draws.bernoulli(drop_keys, rate)[:, None]  # [B, 1]
     if images:
-      still = jnp.broadcast_to(bernoulli(image_keys)[:, None], (drop.shape[0], images))
+      still = draws.bernoulli(image_keys, rate)[:, None]
+      still = jnp.broadcast_to(still, (drop.shape[0], images))
       drop = jnp.concatenate([drop, still], 1)
     process = gaussian.process(None, self.config.schedule, self.config.prediction)
     index = gaussian.draw_steps(step_keys)

@@ -20,6 +20,7 @@ from mgen_jax.encoders import Prompt, StackConfig, TextStack, sizes
 from mgen_jax.encoders.stack import ANY
 from mgen_jax.errors import ConfigError, UserError
 from mgen_jax.models import text as text_lib
+from mgen_jax.tasks import draws
 from mgen_jax.tasks.base import ArraySpec
 
 Rows = dict[str, Any]  # the entries of a batch that are text
@@ -258,8 +259,8 @@ class FeatureText:
   def thin(self, rows: Rows, keys: jax.Array) -> Rows:
     made = dict(rows)
     for index, (name, share) in enumerate(zip(self._arrays, self.config.dropout, strict=False)):
-      draw = jax.vmap(lambda key, i=index, p=share: jax.random.bernoulli(_fold(key, i), p))
-      silent = draw(keys)[:, None]
+      own = jax.vmap(functools.partial(_fold, index=index))(keys)
+      silent = draws.bernoulli(own, share)[:, None]
       made[f"{name}_mask"] = rows[f"{name}_mask"] & ~silent
     return made
 
@@ -352,7 +353,7 @@ class FeatureText:
 @jax.jit  # written once in a program for each encoder
 def _emptied(features: jax.Array, mask: jax.Array, drop: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Features and mask of the empty text where `drop` [B] is True."""
-  zeros, first = jnp.zeros_like(features), jnp.arange(mask.shape[1]) == 0
+  zeros, first = jnp.zeros_like(features), np.arange(mask.shape[1]) == 0
   over = functools.partial(jax.lax.broadcast_in_dim, broadcast_dimensions=(0,))
   return (
     jax.lax.select(over(drop, features.shape), zeros, features),

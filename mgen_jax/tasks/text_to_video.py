@@ -23,7 +23,7 @@ from mgen_jax.errors import ConfigError, check_ranges
 from mgen_jax.models import backbone
 from mgen_jax.models.autoencoder import AutoencoderConfig
 from mgen_jax.parallel.mesh import MeshConfig
-from mgen_jax.tasks import text_inputs
+from mgen_jax.tasks import draws, text_inputs
 from mgen_jax.tasks.base import ArraySpec
 
 # Model keys that an earlier stage may have had otherwise: they shape no parameter, or can grow.
@@ -223,7 +223,7 @@ class TextToVideo:
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean squared error of the velocity of "latents" [B, T, H, W, C] given the batch's text."""
     pair_keys, drop_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-    drop = jax.vmap(lambda key: jax.random.bernoulli(key, self.config.caption_dropout))(drop_keys)
+    drop = draws.bernoulli(drop_keys, self.config.caption_dropout)
     text = self._text.drop(self._text.thin(self._text_of(batch), drop_keys), drop)
     if self.config.objective == "v_prediction":
       x, t, target = v_prediction.training_pair(pair_keys, batch["latents"])

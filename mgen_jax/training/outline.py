@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from mgen_jax.training import rows
+from mgen_jax.training import joined
 
 _SMALL = 500  # an array that is joined with others has at most this part of all elements
 
@@ -28,12 +28,11 @@ def outline(
 
   Sums of an array to a number split the work in levels: what follows the norm of all gradients is
   another part than what it is made of. What is asked for twice, as the norm or a schedule is, is
-  done once. Small arrays that are treated alike element by element, and lie on the devices alike,
-  are treated as rows of one.
+  done once. Small arrays that are treated alike element by element are treated as parts of one.
 
   Args:
     function: of trees of arrays.
-    shardings: one tree for each argument, of the sharding of each array; None: no rows are joined.
+    shardings: one tree for each argument, of the sharding of each array; None: nothing is joined.
   """
 
   def outlined(*arguments):
@@ -67,18 +66,19 @@ def outline(
       return made
 
     for level in levels:
-      together: dict[Hashable, list[tuple[_Part, list[jax.Array]]]] = {}  # rows of one
+      together: dict[Hashable, list[tuple[_Part, list[jax.Array]]]] = {}  # parts of one
       for part in level:
         given = [values[v] for v in part.inputs]
         if part.scalar:  # others of its level may read it
           values |= zip(part.outputs, run(part, given), strict=True)
           continue
-        alike = rows.alike(part.program, given, [lies.get(v) for v in part.inputs], small)
+        alike = joined.alike(part.program, given, [lies.get(v) for v in part.inputs], small)
         together.setdefault(id(part) if alike is None else alike, []).append((part, given))
       for group in together.values():
         parts, given = zip(*group, strict=True)
         if len({part.key for part in parts}) > 1:
-          made = rows.run(parts[0].program, given)
+          lie = [next(lies[v] for v in part.inputs if v.aval.shape) for part in parts]
+          made = joined.run(parts[0].program, given, lie)
         else:  # a function of their own is enough
           made = map(run, parts, given)
         for part, outputs in zip(parts, made, strict=True):
@@ -164,8 +164,8 @@ def _connected(equations: list[core.JaxprEqn]) -> list[list[core.JaxprEqn]]:
   group: dict[core.Var, int] = {}  # of each array made so far
   groups: dict[int, list[int]] = {}
   for index, equation in enumerate(equations):
-    joined = {group[v] for v in _variables(equation.invars) if v in group}
-    groups[index] = sorted([index, *(i for g in joined for i in groups.pop(g))])
+    known = {group[v] for v in _variables(equation.invars) if v in group}
+    groups[index] = sorted([index, *(i for g in known for i in groups.pop(g))])
     for member in groups[index]:
       group |= dict.fromkeys(equations[member].outvars, index)
   return [[equations[i] for i in members] for members in groups.values()]

@@ -64,20 +64,27 @@ def loss_and_gradients(
 
   gradient = jax.value_and_grad(share, has_aux=True)
 
-  def split(x):  # [B, ...] -> [accumulate, B / accumulate, ...]
+  @outline
+  def rows_of(number, examples):
     # Rows i::accumulate form pass i, so that each device keeps the rows that it already holds.
-    return jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
+    def one(x):  # [B, ...] -> [B / accumulate, ...]
+      x = x.reshape(-1, accumulate, *x.shape[1:])
+      start = 0, number, *[0] * (x.ndim - 2)
+      sizes = x.shape[0], 1, *x.shape[2:]
+      x = jax.lax.dynamic_slice(x, start, sizes, allow_negative_indices=False)
+      return jax.lax.squeeze(x, [1])
 
-  passes = jax.tree.map(split, (batch, keys))
+    return jax.tree.map(one, examples)
 
-  def one_pass(sums, inputs):
-    (part, metrics), gradients = gradient(params, *inputs)
-    return jax.tree.map(jnp.add, sums, (part, metrics, gradients)), None
+  def one_pass(number, sums):
+    (part, metrics), gradients = gradient(params, *rows_of(number, (batch, keys)))
+    return jax.tree.map(jnp.add, sums, (part, metrics, gradients))
 
-  first = jax.tree.map(lambda x: x[0], passes)
-  shapes = jax.eval_shape(lambda p, x: gradient(p, *x), params, first)
-  (part, metrics), gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  return jax.lax.scan(one_pass, (part, metrics, gradients), passes)[0]
+  first = jax.eval_shape(rows_of, jnp.int32(0), (batch, keys))
+  (part, metrics), gradients = jax.eval_shape(gradient, params, *first)
+  shapes = part, metrics, gradients
+  zeros = outline(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+  return jax.lax.fori_loop(0, accumulate, one_pass, zeros())
 
 
 def ema_decay(config: TrainStage) -> Callable[[jax.Array], jax.Array]:

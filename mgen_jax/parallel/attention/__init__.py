@@ -22,7 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 from mgen_jax.errors import ConfigError
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel import rules
-from mgen_jax.parallel.attention import context, kernels
+from mgen_jax.parallel.attention import context, kernels, padding
 from mgen_jax.parallel.attention.splash import Blocks
 
 __all__ = ["Blocks", "attention"]
@@ -89,10 +89,11 @@ def attention(
   k, v = (_repeat_heads(x, math.lcm(kv_heads, tensor)) for x in (k, v))
 
   queries, keys = q.shape[1], k.shape[1]
-  q = _pad_tokens(q, parts)
+  q = padding.longer(q, padding.rounded(queries, parts))
   if split:
-    k, v = _pad_tokens(k, parts), _pad_tokens(v, parts)
-    mask = mask if mask is None else _pad_tokens(mask, parts)
+    k, v, mask = (
+      x if x is None else padding.longer(x, padding.rounded(keys, parts)) for x in (k, v, mask)
+    )
 
   batch = rules.BATCH_AXES if q.shape[0] % mesh_lib.batch_shards(mesh) == 0 else None
   tokens = "context" if context_parallel is not None else None
@@ -139,12 +140,6 @@ def _nearest_divisor(number: int, wanted: int) -> int:
   """The divisor of `number` that is nearest to `wanted`; of two, the larger."""
   divisors = [d for d in range(1, number + 1) if number % d == 0]
   return min(divisors, key=lambda d: (abs(d - wanted), -d))
-
-
-def _pad_tokens(x: jax.Array, multiple: int) -> jax.Array:
-  """[batch, n, ...] -> [batch, n rounded up to the multiple, ...], with zeros (False)."""
-  padding = -x.shape[1] % multiple
-  return jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) if padding else x
 
 
 def _repeat_heads(x: jax.Array, heads: int) -> jax.Array:

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from mgen_jax.parallel.attention import padding
+
 Array = jax.Array
 
 # Of keys that may not be attended to: far below any score, and still finite when subtracted.
@@ -91,27 +93,36 @@ def backward(
   rows = tuple(_split(x, k, limit) for x in (q, lse[..., None], shared[..., None], dout))
   zeros = (jnp.zeros(_flip(x).shape, jnp.float32) for x in (keys, values))
   (dk, dv), dq = jax.lax.scan(one, tuple(zeros), rows)
-  dk, dv = (_heads_first(_flip(x)) for x in (dk, dv))
+  dk, dv = (x.transpose(0, 3, 1, 2) for x in (dk, dv))  # [b, g, d, m] -> [b, m, g, d]
   return _join(dq, q), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 def _product(a: Array, b: Array) -> Array:
-  """[..., r, s] and [..., s, t] -> [..., r, t]."""
-  return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+  """[b, g, r, s] and [b, g, s, t] -> [b, g, r, t]."""
+  return _multiplied(a, b, 2)
 
 
 def _against(a: Array, b: Array) -> Array:
-  """[..., r, d] and [..., t, d] -> [..., r, t].
+  """[b, g, r, d] and [b, g, t, d] -> [b, g, r, t].
 
-  Not a product with a transposed matrix, which XLA's CPU backend turns into fp32 first.
+  Not a product with a transposed matrix: XLA's CPU backend would turn bf16 into fp32 for it.
   """
-  return jnp.einsum("...rd,...td->...rt", a, b, preferred_element_type=jnp.float32)
+  return _multiplied(a, b, 3)
+
+
+def _multiplied(a: Array, b: Array, axis: int) -> Array:
+  # As `jnp.matmul` has it, which writes a batch of one as none.
+  dimensions = ((3,), (axis,)), ((0, 1), (0, 1))
+  return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
 def _scores(q: Array, keys: Array, mask: Array | None) -> Array:
   """Not yet divided by the root of d, which fuses with what comes after the maximum."""
   scores = _against(q, keys)
-  return scores if mask is None else jnp.where(mask[:, None, None], scores, MASKED)
+  if mask is None:
+    return scores
+  allowed = jax.lax.broadcast_in_dim(mask, scores.shape, (0, 3))
+  return jax.lax.select(allowed, scores, jnp.full_like(scores, MASKED))
 
 
 def _heads_first(x: Array) -> Array:
@@ -129,7 +140,7 @@ def _split(x: Array, k: Array, limit: int) -> Array:
   batch, n, heads = x.shape[:3]
   count = math.ceil(n / max(1, limit // (batch * heads * k.shape[1])))
   size = -(-n // count)
-  x = jnp.pad(x, ((0, 0), (0, count * size - n), (0, 0), (0, 0)))
+  x = padding.longer(x, count * size)
   x = x.reshape(batch, count, size, k.shape[2], -1, x.shape[-1])  # [b, count, c, g, h / g, d]
   return x.transpose(1, 0, 3, 4, 2, 5).reshape(count, batch, k.shape[2], -1, x.shape[-1])
 

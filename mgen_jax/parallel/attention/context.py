@@ -66,7 +66,7 @@ def ring(
   """
   if mask is not None:
     some = jax.lax.psum(mask.any(1), AXIS) > 0  # on any device
-    q, mask = kernels.without_empty_rows(q, mask, some)
+    k, mask = kernels.without_empty_rows(k, mask, some)
   shard = k.shape[1]
   if keys < shard * jax.lax.axis_size(AXIS):  # the last devices hold padding
     places = jax.lax.axis_index(AXIS) * shard + jnp.arange(shard)

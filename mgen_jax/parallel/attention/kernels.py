@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mgen_jax.errors import ConfigError, suggest
 from mgen_jax.parallel import mesh as mesh_lib
-from mgen_jax.parallel.attention import blockwise, splash
+from mgen_jax.parallel.attention import blockwise, padding, splash
 
 Array = jax.Array
 
@@ -87,7 +87,7 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None, options: Options) -
   if kernel == "plain":
     return checkpoint_name(plain(q, k, v, mask), SAVED_NAME)
   if mask is not None:
-    q, mask = without_empty_rows(q, mask, mask.any(1))
+    k, mask = without_empty_rows(k, mask, mask.any(1))
   if kernel == "cudnn":
     return fused(q, k, v, mask)
   if kernel == "splash":
@@ -132,17 +132,16 @@ def fused(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     lengths = mask.sum(1, dtype=jnp.int32)
   elif m % 2:
     lengths = jnp.full(k.shape[:1], m, jnp.int32)
-  q, k, v = (
-    jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) if x.shape[1] % 2 else x for x in (q, k, v)
-  )
+  q, k, v = (padding.longer(x, padding.rounded(x.shape[1], 2)) for x in (q, k, v))
   return jax.nn.dot_product_attention(
     q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
   )[:, :n]
 
 
-def without_empty_rows(q: Array, mask: Array, some: Array) -> tuple[Array, Array]:
+def without_empty_rows(k: Array, mask: Array, some: Array) -> tuple[Array, Array]:
   """Makes examples without any allowed key attend to all keys evenly, in every kernel alike.
 
-  Equal scores are what a query of zeros gives. `some` [b] is True for the other examples.
+  Equal scores are what keys of zeros give. `some` [b] is True for the other examples.
   """
-  return jnp.where(some[:, None, None, None], q, 0), mask | ~some[:, None]
+  some_of = functools.partial(jax.lax.broadcast_in_dim, some, broadcast_dimensions=(0,))
+  return jax.lax.select(some_of(k.shape), k, jnp.zeros_like(k)), mask | ~some_of(mask.shape)

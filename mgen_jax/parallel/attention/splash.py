@@ -11,12 +11,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_lib
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
 
 from mgen_jax.errors import ConfigError
 from mgen_jax.parallel import mesh as mesh_lib
+from mgen_jax.parallel.attention import padding
 
 Array = jax.Array
 
@@ -121,7 +121,7 @@ def _prepare(q, k, v, mask, blocks, **options):
   """The kernel, its arrays [b, h, tokens, d] with scaled queries, and segment ids (or None)."""
   n, m = q.shape[1], k.shape[1]
   sizes = _sizes(n, m, _checked(blocks) or blocks_for(_device_kind(), q.shape[3], q.dtype))
-  padded_n, padded_m = _padded(n, sizes.block_q), _padded(m, sizes.block_kv)
+  padded_n, padded_m = padding.rounded(n, sizes.block_q), padding.rounded(m, sizes.block_kv)
   kernel = splash_lib.make_splash_mha(
     mask_lib.MultiHeadMask([mask_lib.FullMask((padded_n, padded_m))] * q.shape[2]),
     block_sizes=sizes,
@@ -136,7 +136,7 @@ def _prepare(q, k, v, mask, blocks, **options):
   # A token attends to those of its own segment: queries are in segment 1, and so are the keys that
   # may be attended to. Queries that pad attend like others, and are cut off.
   allowed = jnp.ones(k.shape[:2], jnp.int32) if mask is None else mask.astype(jnp.int32)
-  allowed = _longer(allowed, padded_m)
+  allowed = padding.longer(allowed, padded_m)
   queries = jnp.ones((q.shape[0], padded_n), jnp.int32)
   return kernel, arrays, splash_lib.SegmentIds(q=queries, kv=allowed)
 
@@ -145,8 +145,8 @@ def _sizes(n: int, m: int, blocks: Blocks) -> splash_lib.BlockSizes:
   """Tiles for n queries and m keys: all of them divide the padded lengths."""
   queries, keys = _block(n, blocks.queries), _block(m, blocks.keys)
   # The backward kernels run on the same padded arrays.
-  back_queries = _divisor(_padded(n, queries), blocks.backward_queries)
-  back_keys = _divisor(_padded(m, keys), blocks.backward_keys)
+  back_queries = _divisor(padding.rounded(n, queries), blocks.backward_queries)
+  back_keys = _divisor(padding.rounded(m, keys), blocks.backward_keys)
   return splash_lib.BlockSizes(
     block_q=queries,
     block_kv=keys,
@@ -161,9 +161,9 @@ def _sizes(n: int, m: int, blocks: Blocks) -> splash_lib.BlockSizes:
 
 def _block(length: int, limit: int) -> int:
   """The largest tile up to the limit that adds at most a sixteenth to a length."""
-  least = _padded(length, LANES)
+  least = padding.rounded(length, LANES)
   sizes = range(LANES, min(limit, least) + 1, LANES)
-  return max(size for size in sizes if 16 * _padded(length, size) <= 17 * least)
+  return max(size for size in sizes if 16 * padding.rounded(length, size) <= 17 * least)
 
 
 def _divisor(length: int, limit: int) -> int:
@@ -192,19 +192,9 @@ def _scale(q: Array) -> float:
   return q.shape[3] ** -0.5
 
 
-def _padded(length: int, multiple: int) -> int:
-  return -(-length // multiple) * multiple
-
-
 def _tokens(x: Array, padded: int) -> Array:
   """[b, n, h, ...] -> [b, h, padded, ...], with zeros behind."""
-  return jnp.swapaxes(_longer(x, padded), 1, 2)
-
-
-def _longer(x: Array, length: int) -> Array:
-  """[b, n, ...] -> [b, length, ...], with zeros behind; shorter in a program than `jnp.pad` is."""
-  more = [(0, length - x.shape[1] if dim == 1 else 0, 0) for dim in range(x.ndim)]
-  return jax.lax.pad(x, np.zeros((), x.dtype), more)
+  return jnp.swapaxes(padding.longer(x, padded), 1, 2)
 
 
 def _rows(x: Array, length: int) -> Array:

@@ -1,4 +1,4 @@
-"""Rows that are joined are treated as they would be alone, and only what lies alike is joined."""
+"""Arrays that are joined are treated as they would be alone, where they lie."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from mgen_jax.config import OptimizerConfig
 from mgen_jax.training import optimizer as optimizer_lib
 from mgen_jax.training.outline import outline
 
-SHAPES = {"table": (5, 8), "text": (3, 8), "steps": (2, 3, 8), "kernel": (8, 4), "large": (99, 900)}
+SHAPES = {"table": (6, 8), "text": (3, 8), "steps": (2, 3, 8), "kernel": (8, 4), "large": (99, 900)}
 CONFIG = OptimizerConfig(lr=1e-2, warmup_steps=3, weight_decay=0.1, clip_norm=0.5)
 
 
@@ -47,34 +47,37 @@ def _joined(text):
   return text.count("call @_join(")
 
 
-def test_rows_give_the_numbers_that_each_array_gives(mesh):
-  split = PartitionSpec(None, "fsdp")
-  specs = {"table": split, "text": split, "steps": PartitionSpec(None, None, "fsdp")}
-  update, arguments, shardings = _update(specs, mesh)
+LIES = {  # over rows, over the last dimension, and (the kernel) whole on each device
+  "table": PartitionSpec("fsdp"),
+  "text": PartitionSpec(None, "fsdp"),
+  "steps": PartitionSpec(None, None, "fsdp"),
+}
+
+
+def test_parts_of_one_give_the_numbers_that_each_array_gives(mesh):
+  update, arguments, shardings = _update(LIES, mesh)
   alone = jax.jit(outline(update))
-  rows = jax.jit(outline(update, shardings), out_shardings=shardings[:2])
+  joined = jax.jit(outline(update, shardings), out_shardings=shardings[:2])
   for a, b in zip(
-    jax.tree.leaves(alone(*arguments)), jax.tree.leaves(rows(*arguments)), strict=True
+    jax.tree.leaves(alone(*arguments)), jax.tree.leaves(joined(*arguments)), strict=True
   ):
     np.testing.assert_array_equal(a, b)
-  lowered = rows.lower(*arguments)
+  lowered = joined.lower(*arguments)
   text = lowered.as_text()
-  assert _joined(text) == 4  # gradients, two moments, parameters; the kernel has another width
+  assert _joined(text) == 4  # gradients, two moments, parameters; all but the large array
   assert text.count("\n") < alone.lower(*arguments).as_text().count("\n")
-  assert "all-gather" not in lowered.compile().as_text()  # rows lie whole: nothing is sent
+  compiled = lowered.compile().as_text()
+  assert "all-gather" not in compiled  # each device joins what it holds: nothing is sent
+  assert "all-to-all" not in compiled
 
 
-@pytest.mark.parametrize(
-  "specs",
-  [
-    {"table": PartitionSpec("fsdp"), "text": PartitionSpec("fsdp"), "steps": PartitionSpec("fsdp")},
-    {"text": PartitionSpec(None, "fsdp"), "steps": PartitionSpec(None, "fsdp")},
-  ],
-  ids=["rows over devices", "each its own way"],
-)
-def test_what_lies_otherwise_stays_alone(specs, mesh):
-  update, arguments, shardings = _update({}, mesh)
-  lies = {name: NamedSharding(mesh, specs.get(name, PartitionSpec())) for name in SHAPES}
-  assert _joined(jax.jit(outline(update, shardings)).lower(*arguments).as_text()) == 4
-  shardings = (lies, shardings[1], lies)  # where the moments lie does not matter: one suffices
-  assert _joined(jax.jit(outline(update, shardings)).lower(*arguments).as_text()) == 0
+def test_an_array_whose_moments_lie_elsewhere_stays_alone(mesh):
+  update, arguments, shardings = _update(LIES, mesh)
+  moved = {name: NamedSharding(mesh, PartitionSpec()) for name in SHAPES}
+  shardings = (moved, shardings[1], moved)  # the kernel's lies as its moments do, but it is one
+  assert "@_join" not in jax.jit(outline(update, shardings)).lower(*arguments).as_text()
+
+
+def test_without_shardings_nothing_is_joined(mesh):
+  update, arguments, _ = _update(LIES, mesh)
+  assert "@_join" not in jax.jit(outline(update)).lower(*arguments).as_text()

@@ -1,9 +1,9 @@
-"""Small arrays that a program treats alike, as the rows of one array.
+"""Small arrays that a program treats alike, as parts of one array.
 
-Tables and embeddings of many lengths and one width would each need a program of their own. One for
-all of them, joined, does the same to every element. Joining copies, so it is for arrays that hardly
-count in the memory of a step, and only for those whose rows lie whole on a device: then nothing is
-sent. Not here: which parts of a program there are (`outline.py`).
+Norms, tables and embeddings of many shapes would each need a program of their own. One for all of
+them does the same to every element: each device joins what it holds of them, so nothing is sent.
+Joining copies, so it is for arrays that hardly count in the memory of a step. Not here: which parts
+of a program there are (`outline.py`).
 """
 
 import functools
@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.sharding import PartitionSpec
 
-_LAST = -1  # the dimension that may be split over devices
 _ELEMENTWISE = {
   "abs", "add", "and", "convert_element_type", "copy", "div", "integer_pow", "is_finite", "max",
   "min", "mul", "neg", "pow", "rsqrt", "select_n", "sign", "sqrt", "square", "sub",
@@ -28,7 +28,7 @@ def alike(
   shardings: Sequence[Any],
   most: int,
 ) -> Hashable:
-  """What programs share that can run as one over the rows of their arrays; None: this one cannot.
+  """What programs share that can run as one on arrays that are joined; None: this one cannot.
 
   Args:
     program: any.
@@ -45,45 +45,60 @@ def alike(
   if len(shapes) != 1:
     return None
   (shape,) = shapes
-  if len(shape) < 2 or math.prod(shape) > most:
+  lies = {s for s, array in zip(shardings, given, strict=True) if array.shape}
+  if math.prod(shape) > most or len(lies) != 1 or None in lies:
     return None
   if not all(map(_is_elementwise, program.jaxpr.eqns)):
     return None
-  lies = [s for s, array in zip(shardings, given, strict=True) if array.shape]
-  if any(s is None or any(tuple(s.spec)[: len(shape) - 1]) for s in lies):
-    return None
   text = " ".join(str(program).split())  # however its lines are broken
   text = text.replace(f"[{','.join(map(str, shape))}]", "[*]").replace(str(shape), "*")
-  numbers = tuple(id(number) for number in given if not number.shape)
-  split = tuple(tuple(s.spec)[len(shape) - 1 :] or (None,) for s in lies)  # the last dimension
-  return text, shape[_LAST], split, numbers
+  return text, lies.pop().mesh, tuple(id(number) for number in given if not number.shape)
 
 
 def run(
-  program: core.ClosedJaxpr, given: Sequence[Sequence[jax.Array]]
+  program: core.ClosedJaxpr, given: Sequence[Sequence[jax.Array]], shardings: Sequence[Any]
 ) -> list[tuple[jax.Array, ...]]:
-  """The results of a program for several sets of arguments that are `alike`."""
-  shapes = tuple(next(array.shape for array in each if array.shape) for each in given)
-  joined = [_join(*same) if same[0].shape else same[0] for same in zip(*given, strict=True)]
-  return list(zip(*(_split(made, shapes) for made in _over_rows(program, joined)), strict=True))
+  """The results of a program for several sets of arguments that are `alike`.
+
+  Args:
+    program: of one of them.
+    given: the sets.
+    shardings: of the arrays of each set.
+  """
+  lie = [s.spec for s in shardings]
+
+  def local(*arguments):
+    shapes = tuple(x.shape for x in next(x for x in arguments if isinstance(x, tuple)))
+    flat = [_join(*x) if isinstance(x, tuple) else x for x in arguments]
+    return [_split(made, shapes) for made in _on_flat(program, flat)]
+
+  arguments = [same if same[0].shape else same[0] for same in zip(*given, strict=True)]
+  made = jax.shard_map(
+    local,
+    mesh=shardings[0].mesh,
+    in_specs=tuple(tuple(lie) if isinstance(x, tuple) else PartitionSpec() for x in arguments),
+    out_specs=[lie for _ in program.jaxpr.outvars],
+    check_vma=False,
+  )(*arguments)
+  return list(zip(*made, strict=True))
 
 
 @jax.jit
 def _join(*arrays: jax.Array) -> jax.Array:
-  return jnp.concatenate([array.reshape(-1, array.shape[_LAST]) for array in arrays])
+  return jnp.concatenate([array.reshape(-1) for array in arrays])
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _split(joined: jax.Array, shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
   made, start = [], 0
   for shape in shapes:
-    end = start + math.prod(shape[:_LAST])
+    end = start + math.prod(shape)
     made.append(joined[start:end].reshape(shape))
     start = end
   return made
 
 
-def _over_rows(program: core.ClosedJaxpr, given: Sequence[jax.Array]) -> list[jax.Array]:
+def _on_flat(program: core.ClosedJaxpr, given: Sequence[jax.Array]) -> list[jax.Array]:
   """Runs an elementwise program on arrays of another shape than it was traced with."""
   shape = next(array.shape for array in given if array.shape)
   known = dict(zip(program.jaxpr.invars, given, strict=True))
