@@ -115,11 +115,12 @@ def get_config(twin="ucf"):
   stages["latte"] = {**learn, "task": task, "steps": 2000, "buckets": clips}
   if condition == "t2v":
     stages["latte"]["init_from"] = "t2i"
-  targets = {} if condition == "ffs" else {"colour": 0.9, "direction": 0.8, "shape": 0.7}
-  if condition != "ffs":  # without a condition there is nothing to judge by
-    stages["evaluate"] = {
-      "kind": "evaluate", "generator": "latte", "bucket": CLIP, "targets": targets,
-    }  # fmt: skip
+  # Without a condition there is nothing to be right or wrong, but an object to be seen or not.
+  asked = {"colour": 0.9, "direction": 0.8, "shape": 0.7}
+  targets = {"of_world": 0.8} if condition == "ffs" else asked
+  stages["evaluate"] = {
+    "kind": "evaluate", "generator": "latte", "bucket": CLIP, "targets": targets,
+  }  # fmt: skip
   return config.experiment(
     name=f"latte_marbles_{twin}",
     data={

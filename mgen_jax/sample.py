@@ -109,7 +109,7 @@ def file_stem(prompt: str, seed: int) -> str:
   if slug.replace("-", " ") != prompt or len(slug) > _NAME:  # the slug does not say it all
     digest = hashlib.sha256(prompt.encode(errors="surrogatepass")).hexdigest()[:6]
     slug = f"{slug[:_NAME].rstrip('-') or 'prompt'}-{digest}"
-  return f"seed{seed}_{slug}"
+  return f"seed{seed}_{slug}" if slug else f"seed{seed}"
 
 
 def _sheet(videos: np.ndarray, labels: Sequence[str]) -> np.ndarray:

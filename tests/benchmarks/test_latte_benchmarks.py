@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 
 from benchmarks import latte_ablations, latte_step
@@ -38,16 +37,3 @@ def test_the_table_and_its_picture_hold_every_arm():
   figure = latte_ablations.plot(rows, {"colour": 0.5, "shape": 0.5, "direction": 0.25})
   assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["v1", "v2"]
   assert len(figure.axes[0].get_yticklabels()) == 3
-
-
-def test_videos_of_another_world_are_told():
-  world = marbles.WorldConfig(
-    colours=("red",), shapes=("circle",), motions=("moves left",), max_objects=1
-  )
-  clips = [
-    marbles.render(
-      marbles.Scene(0, (marbles.Object("red", "circle", "large", motion=motion),)), 8, 64, 64, 4.0
-    )
-    for motion in ("moves left", "moves right")
-  ]
-  assert latte_ablations.of_world(np.stack(clips), world) == 0.5
