@@ -10,7 +10,7 @@ Behind the colon stands whose twin it is:
   ucf (default), ucf_joint      by class; with 8 images beside each clip     latte_xl2_ucf.py
   ffs, ffs_joint                without condition                            latte_xl2_ffs.py,
                                                                              _sky.py, _taichi.py
-  t2v                           by text, PixArt-style, after images          latte_t2v.py
+  t2v                           by text, PixArt-style                        latte_t2v.py
 
 Hardware: 4 CPU cores. What it reaches, and in which time: docs/numbers.md, "Latte".
 
@@ -19,8 +19,10 @@ and a direction; all objects are large. Three choices are the toy's own (what ea
 docs/numbers.md): it predicts the velocity on a schedule that ends in pure noise, where the motion
 is decided and where the paper's predicted noise has next to no loss; positions count in fours, so
 that few places and frames are told apart; and the first and last matrices are Adam's, since under
-Muon they grow until the positions are drowned. Its text encoder stays as it is drawn, so that words
-are features apart from each other, like those of the frozen T5.
+Muon they grow until the positions are drowned. By text there are two more. The
+text encoder stays as it is drawn, so that words are features apart from each other, like those of
+the frozen T5. And there is no stage of images before: their captions are those of the clips that
+they are frames of, and teach the model that the words of motion mean nothing.
 """
 
 import itertools
@@ -109,12 +111,8 @@ def get_config(twin="ucf"):
   }
   task = _task(condition, 8 if joint else 0)
   if condition == "t2v":
-    # As the paper's T5 is: images would teach an encoder that the words of motion mean nothing.
-    learn["frozen"] = ("text",)
-    stages["t2i"] = {**learn, "task": task, "steps": 500, "buckets": {f"b{IMAGE}": {"batch": 128}}}
+    learn["frozen"] = ("text",)  # as the paper's T5 is
   stages["latte"] = {**learn, "task": task, "steps": 2000, "buckets": clips}
-  if condition == "t2v":
-    stages["latte"]["init_from"] = "t2i"
   # Without a condition there is nothing to be right or wrong, but an object to be seen or not.
   asked = {"colour": 0.9, "direction": 0.8, "shape": 0.7}
   targets = {"of_world": 0.8} if condition == "ffs" else asked

@@ -108,7 +108,10 @@ def run(work: Workdir, name: str, sampler: AnySampler | None = None) -> None:
   work.finish(name, time.perf_counter() - began, samples=drawn)
 
   for figure in content.figures:
-    logging.info("%s: %s (%s)", figure.name, figure.value, figure.target or figure.note)
+    beside = figure.note
+    if figure.reached is not None:
+      beside = f"{'reached' if figure.reached else 'missed'}: {figure.target}"
+    logging.info("%s: %s%s", figure.name, figure.value, f" ({beside})" if beside else "")
   logging.info("figures: %s", work.root / REPORT_JSON)
   logging.info("all to look at: %s", (work.root / REPORT_HTML).absolute())
   logging.info("make your own: %s", command)

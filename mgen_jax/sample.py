@@ -88,7 +88,8 @@ def draw(
     for video, text, number in zip(videos, texts, seeds, strict=True)
   ]
   sheet = out / f"{paths[0].stem}_sheet.png"
-  labels = [f"{text or '(no text)'} [{n}]" for text, n in zip(texts, seeds, strict=True)]
+  unnamed = "seed" if generator.unconditional else "(no text)"
+  labels = [f"{text or unnamed} [{n}]" for text, n in zip(texts, seeds, strict=True)]
   media.write_image(sheet, _sheet(videos[:_SHEET_ROWS], labels[:_SHEET_ROWS]))
   return Drawn(paths, sheet)
 
