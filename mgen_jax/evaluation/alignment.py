@@ -70,7 +70,8 @@ def judge_video(video: np.ndarray, prompt: Prompt | None, config: WorldConfig) -
 def compare(seen: Any, prompt: Prompt | None, frames: int = 2) -> Verdict:
   """What the judge saw (its `colour`, `shape`, `direction`) beside what the prompt says."""
   if prompt is None:
-    return Verdict("", tuple(Check(name, None, getattr(seen, name)) for name in ATTRIBUTES))
+    names = ATTRIBUTES if frames > 1 else ATTRIBUTES[:-1]
+    return Verdict("", tuple(Check(name, None, getattr(seen, name)) for name in names))
   wanted = {
     "colour": prompt.colour,
     "shape": prompt.shape,
@@ -83,14 +84,18 @@ def compare(seen: Any, prompt: Prompt | None, frames: int = 2) -> Verdict:
 def of_world(verdicts: Sequence[Verdict], config: WorldConfig) -> float:
   """The share of videos that show a colour, a shape and a direction of the world: 1 of real ones.
 
-  Says whether a model draws objects at all, also one that is asked for nothing.
+  Says whether a model draws objects at all, also one that is asked for nothing. A direction does
+  not count of an image, nor in a world where some motion has none ("bounces").
   """
-  words = {
-    "colour": config.colours,
-    "shape": config.shapes,
-    "direction": {_SEEN_AS[motion] for motion in config.motions if motion in _SEEN_AS},
-  }
-  known = [all(c.seen in words[c.attribute] for c in verdict.checks) for verdict in verdicts]
+  words = {"colour": config.colours, "shape": config.shapes}
+  if all(motion in _SEEN_AS for motion in config.motions):
+    words["direction"] = tuple(_SEEN_AS[motion] for motion in config.motions)
+  known = [
+    all(
+      check.seen in words[check.attribute] for check in verdict.checks if check.attribute in words
+    )
+    for verdict in verdicts
+  ]
   return sum(known) / len(known)
 
 

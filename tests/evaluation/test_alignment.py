@@ -99,5 +99,7 @@ def test_videos_of_another_world_are_told():
   ]
   verdicts = [alignment.judge_video(clip, None, world) for clip in clips]
   assert alignment.of_world(verdicts, world) == 0.5
+  still = [alignment.judge_video(clip[:1], None, world) for clip in clips]
+  assert alignment.of_world(still, world) == 1.0  # an image has no direction
   found = alignment.accuracies(verdicts)  # they were asked for nothing
   assert found["all"] is None and found["counted"]["all"] == 0 and found["prompts"] == 2
