@@ -19,10 +19,9 @@ and a direction; all objects are large. Three choices are the toy's own (what ea
 docs/numbers.md): it predicts the velocity on a schedule that ends in pure noise, where the motion
 is decided and where the paper's predicted noise has next to no loss; positions count in fours, so
 that few places and frames are told apart; and the first and last matrices are Adam's, since under
-Muon they grow until the positions are drowned. By text there are two more. The
-text encoder stays as it is drawn, so that words are features apart from each other, like those of
-the frozen T5. And there is no stage of images before: their captions are those of the clips that
-they are frames of, and teach the model that the words of motion mean nothing.
+Muon they grow until the positions are drowned. By text there are two more: the text encoder stays
+as it is drawn, so that words are features apart from each other, like those of the frozen T5; and
+nothing is learned from images before, since models that began with them drew no direction.
 """
 
 import itertools

@@ -369,18 +369,16 @@ def _content(
     stages.append(report.Stage(other, kind, seconds, done.get("steps"), lines))
   sampler, drawn = figures["sampler"], figures["samples"]
   how = f"{sampler['num_steps']} {sampler['method']} steps, guidance {sampler['guidance']:g}"
-  judge = "The judge is a program that sees only the pixels:"
-  if figures["judge"] and "of_world" in figures["judge"]:
-    what = f"The model is asked for nothing. {judge} below each sample is what it saw."
-  elif figures["judge"]:
+  what = "Captions of held-out clips." if samples[0].prompt else "The model is asked for nothing."
+  if figures["judge"]:
     split = config_lib.data_of(work.experiment, name).marbles.world.split
     which = "no training clip has" if split == "train" else "training clips have, too"
-    what = (
-      f"Combinations of colour, shape and motion that {which}. {judge} green is as asked, red is "
-      "what it saw instead."
-    )
+    asked = f"Combinations of colour, shape and motion that {which}."
+    green = "green is as asked, red is what it saw instead."
+    words = (asked, green) if samples[0].prompt else (what, "below each sample is what it saw.")
+    what = f"{words[0]} The judge is a program that sees only the pixels: {words[1]}"
   else:
-    what = "Captions of held-out clips. There is no judge for your own videos: look for yourself."
+    what += " There is no judge for your own videos: look for yourself."
   summary, buckets, rejected = _data(work, stage, index)
   return report.Content(
     name=work.experiment.name,
