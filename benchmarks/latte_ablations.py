@@ -58,12 +58,16 @@ def real_clips(work: Workdir, name: str, bucket: Bucket, count: int) -> np.ndarr
 
 
 def prompts_of(world: marbles.WorldConfig, count: int) -> list[marbles.Prompt]:
-  """As many of each class as of any other, in a fixed order."""
+  """As many of each class as of any other, in a fixed order, in the words of captions.
+
+  A model by text has learned those; a class is found in them.
+  """
   classes = list(itertools.product(world.colours, world.shapes, world.motions))
   order = np.random.default_rng(1).permutation(len(classes))
   chosen = [classes[order[i % len(order)]] for i in range(count)]
+  size = world.sizes[0]
   return [
-    marbles.Prompt(f"{colour} {shape} {motion}", colour, shape, motion, world.sizes[0])
+    marbles.Prompt(f"a {size} {colour} {shape} {motion}", colour, shape, motion, size)
     for colour, shape, motion in chosen
   ]
 
