@@ -18,13 +18,13 @@ def test_both_sides_are_the_same_step():
 
 def test_every_class_is_asked_for_alike():
   world = marbles.WorldConfig(
-    colours=("red", "blue"), shapes=("circle",), motions=("moves left", "moves up"), max_objects=1
-  )
-  prompts = latte_ablations.prompts_of(world, 8)
-  texts = [prompt.text for prompt in prompts]
+    colours=("red", "blue"), shapes=("circle",), motions=("moves left", "moves up"), max_objects=1,
+    textures=("plain",), backgrounds=("dark grey",), cameras=("static",), sizes=("large",),
+  )  # fmt: skip
+  texts = [prompt.text for prompt in latte_ablations.prompts_of(world, 8)]
   assert {texts.count(text) for text in texts} == {2}
-  scene = marbles.sample_scene(0, dataclasses.replace(world, sizes=("small",)))
-  assert marbles.caption(scene) in texts  # a model by text knows no other words
+  # A model by text has learned the words of captions, and no others.
+  assert marbles.caption(marbles.sample_scene(0, world)) in texts
 
 
 def test_the_table_and_its_picture_hold_every_arm():
