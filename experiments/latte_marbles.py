@@ -79,7 +79,7 @@ def _task(condition, images):
     task["text"] = {
       "width": 64, "layers": 1, "heads": 4, "mlp_width": 128, "max_words": 12, "max_length": 48,
     }  # fmt: skip
-    task["sampler"]["guidance"] = 4.0
+    task["sampler"]["guidance"] = 2.0
   return task
 
 
