@@ -58,21 +58,18 @@ def real_clips(work: Workdir, name: str, bucket: Bucket, count: int) -> np.ndarr
 
 
 def prompts_of(world: marbles.WorldConfig, count: int) -> list[marbles.Prompt]:
-  """As many of each class as of any other, in a fixed order."""
+  """As many of each class as of any other, in a fixed order, in the words of captions.
+
+  A model by text has learned those; a class is found in them.
+  """
   classes = list(itertools.product(world.colours, world.shapes, world.motions))
   order = np.random.default_rng(1).permutation(len(classes))
   chosen = [classes[order[i % len(order)]] for i in range(count)]
+  size = world.sizes[0]
   return [
-    marbles.Prompt(f"{colour} {shape} {motion}", colour, shape, motion, world.sizes[0])
+    marbles.Prompt(f"a {size} {colour} {shape} {motion}", colour, shape, motion, size)
     for colour, shape, motion in chosen
   ]
-
-
-def of_world(videos: np.ndarray, world: marbles.WorldConfig) -> float:
-  """The share of videos in which the judge sees a colour, a shape and a direction of the world."""
-  seen = [marbles.judge(video, world) for video in videos]
-  known = [s.colour and s.shape and s.direction in world.motions for s in seen]
-  return round(float(np.mean([bool(k) for k in known])), 3)
 
 
 class _Real:
@@ -90,12 +87,13 @@ class _Real:
       clips = real_clips(self._work, name, bucket, count + self._samples)
       clips, others = clips[: -self._samples], clips[-self._samples :]
       features = frechet.random_clip_features(clips)
+      world = self._work.experiment.data.marbles.world
       still = np.repeat(others[:, :1], others.shape[1], 1)
       rows = [
         {
           "arm": f"{latents}: {title}",
           "frechet": _distance(features, videos),
-          "of_world": of_world(videos, self._work.experiment.data.marbles.world),
+          "of_world": _of_world([alignment.judge_video(v, None, world) for v in videos], world),
         }
         for title, videos in (("other clips", others), ("standing still", still))
       ]
@@ -104,6 +102,10 @@ class _Real:
 
   def rows(self) -> list[Row]:
     return [row for _, rows in self._kept.values() for row in rows]
+
+
+def _of_world(verdicts: Sequence[alignment.Verdict], world: marbles.WorldConfig) -> float:
+  return round(alignment.of_world(verdicts, world), 3)
 
 
 def _distance(real: np.ndarray, videos: np.ndarray) -> float:
@@ -131,7 +133,7 @@ def measure(work: Workdir, samples: int = 96, names: Sequence[str] | None = None
         "arm": name,
         "frechet": _distance(features, videos),
         **{key: round(shares[key], 3) if told else None for key in asked},
-        "of_world": of_world(videos, world),
+        "of_world": _of_world(verdicts, world),
         "loss": round(float(losses[-1]), 4) if losses else None,
         "seconds": work.done_record(name)["seconds"],
         "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(generator.params)),

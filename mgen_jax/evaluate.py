@@ -49,6 +49,7 @@ TARGETS = {
   "judge.colour": ("colour", "at_least"),
   "judge.shape": ("shape", "at_least"),
   "judge.direction": ("direction", "at_least"),
+  "judge.of_world": ("of_world", "at_least"),
   "reconstruction.psnr": ("psnr", "at_least"),
   "reconstruction.psnr_image": ("psnr", "at_least"),
   "reconstruction.psnr_odd_length": ("psnr", "at_least"),
@@ -83,7 +84,7 @@ def run(work: Workdir, name: str, sampler: AnySampler | None = None) -> None:
   samples, verdicts, drawn = _sample(work, name, generator, index, sampler)
 
   data = config_lib.data_of(work.experiment, name)
-  judged = None if data.videos else alignment.accuracies(verdicts)
+  judged = None if data.videos else _judged(generator, verdicts, data.marbles.world)
   figures = {
     "experiment": work.experiment.name,
     "seconds": _seconds(work, name, time.perf_counter() - began),
@@ -101,16 +102,19 @@ def run(work: Workdir, name: str, sampler: AnySampler | None = None) -> None:
   text = json.dumps(_rounded(figures), indent=2) + "\n"
   files.write_text_atomic(work.root / REPORT_JSON, text)
   files.write_text_atomic(work.folder(name) / REPORT_JSON, text)  # of several such stages, each one
-  command = _command(work, samples[0].prompt)
+  command = _command(work, generator, samples[0].prompt)
   content = _content(work, name, figures, samples, pairs, index, command)
   report.write(work.root / REPORT_HTML, content)
   work.finish(name, time.perf_counter() - began, samples=drawn)
 
   for figure in content.figures:
-    logging.info("%s: %s (%s)", figure.name, figure.value, figure.target or figure.note)
+    beside = figure.note
+    if figure.reached is not None:
+      beside = f"{'reached' if figure.reached else 'missed'}: {figure.target}"
+    logging.info("%s: %s%s", figure.name, figure.value, f" ({beside})" if beside else "")
   logging.info("figures: %s", work.root / REPORT_JSON)
   logging.info("all to look at: %s", (work.root / REPORT_HTML).absolute())
-  logging.info("your own prompt: %s", command)
+  logging.info("make your own: %s", command)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -212,8 +216,10 @@ def _sample(
   """
   stage, data = work.experiment.stages[name], config_lib.data_of(work.experiment, name)
   prompts: Sequence[marbles.Prompt | None]
-  if data.videos is None:
-    prompts = marbles.held_out_prompts(data.marbles.world, stage.prompts, work.experiment.seed)
+  if generator.unconditional:
+    texts, prompts = [""] * stage.prompts, [None] * stage.prompts
+  elif data.videos is None:
+    prompts = marbles.evaluation_prompts(data.marbles.world, stage.prompts, work.experiment.seed)
     texts = [prompt.text for prompt in prompts]
   else:
     captions = (clip.caption for clip in index.of_split("held_out"))
@@ -227,7 +233,7 @@ def _sample(
   folder = work.folder(name) / "samples"
   folder.mkdir(parents=True, exist_ok=True)
   bucket = _trained_bucket(generator, stage.bucket)
-  logging.info("sampling %d prompts, %d steps each", len(texts), sampler.num_steps)
+  logging.info("drawing %d samples, %d steps each", len(texts), sampler.num_steps)
   samples, verdicts, lines = [], [], []
   for start in range(0, len(texts), stage.batch):
     rows = range(start, min(start + stage.batch, len(texts)))
@@ -238,7 +244,7 @@ def _sample(
       path = sample.write_sample(folder, video, texts[row], seed, generator.fps)
       line = {"prompt": texts[row], "seed": seed, "file": f"samples/{path.name}"}
       checks: tuple = ()
-      if prompts[row] is not None:
+      if data.videos is None:
         verdict = alignment.judge_video(video, prompts[row], data.marbles.world)
         verdicts.append(verdict)
         line |= verdict.to_json()
@@ -247,7 +253,7 @@ def _sample(
       if len(samples) < max(1, stage.show):
         medium = report.medium(video, generator.fps)
         samples.append(report.Sample(texts[row], seed, medium, checks))
-    logging.info("sampled %d of %d", rows.stop, len(texts))
+    logging.info("drew %d of %d", rows.stop, len(texts))
   files.write_text_atomic(work.folder(name) / "verdicts.jsonl", "".join(lines))
   return samples, verdicts, len(texts)
 
@@ -263,6 +269,18 @@ def _trained_bucket(generator: Generator, wanted: str) -> Bucket:
 
 # --------------------------------------------------------------------------------------------------
 # Figures.
+
+
+def _judged(
+  generator: Generator, verdicts: Sequence[alignment.Verdict], world: marbles.WorldConfig
+) -> dict[str, Any]:
+  """Accuracies; of a model that is asked for nothing, how often an object is seen at all."""
+  made = alignment.accuracies(verdicts)
+  if generator.unconditional:
+    share, count = alignment.of_world(verdicts, world), len(verdicts)
+    made["of_world"] = share
+    made["interval"]["of_world"] = alignment.wilson(round(share * count), count)
+  return made
 
 
 def check_targets(
@@ -281,7 +299,7 @@ def check_targets(
 def _lookup(figures: Mapping[str, Any], key: str) -> float | None:
   value: Any = figures
   for part in key.split("."):
-    value = value[part] if value is not None else None
+    value = value.get(part) if value is not None else None
   return value
 
 
@@ -324,9 +342,9 @@ def _versions() -> list[tuple[str, str]]:
   return [*found, ("cores", str(os.cpu_count())), ("system", platform.platform())]
 
 
-def _command(work: Workdir, prompt: str) -> str:
-  root = shlex.quote(str(work.root))
-  return f"python -m mgen_jax.sample --workdir={root} --prompt={shlex.quote(prompt)}"
+def _command(work: Workdir, generator: Generator, prompt: str) -> str:
+  what = "--samples=8" if generator.unconditional else f"--prompt={shlex.quote(prompt)}"
+  return f"python -m mgen_jax.sample --workdir={shlex.quote(str(work.root))} {what}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -354,13 +372,16 @@ def _content(
     stages.append(report.Stage(other, kind, seconds, done.get("steps"), lines))
   sampler, drawn = figures["sampler"], figures["samples"]
   how = f"{sampler['num_steps']} {sampler['method']} steps, guidance {sampler['guidance']:g}"
+  what = "Captions of held-out clips." if samples[0].prompt else "The model is asked for nothing."
   if figures["judge"]:
-    what = (
-      "Combinations of colour, shape and motion that no training clip has. The judge is a program "
-      "that sees only the pixels: green is as asked, red is what it saw instead."
-    )
+    split = config_lib.data_of(work.experiment, name).marbles.world.split
+    which = "no training clip has" if split == "train" else "training clips have, too"
+    asked = f"Combinations of colour, shape and motion that {which}."
+    green = "green is as asked, red is what it saw instead."
+    words = (asked, green) if samples[0].prompt else (what, "below each sample is what it saw.")
+    what = f"{words[0]} The judge is a program that sees only the pixels: {words[1]}"
   else:
-    what = "Captions of held-out clips. There is no judge for your own videos: look for yourself."
+    what += " There is no judge for your own videos: look for yourself."
   summary, buckets, rejected = _data(work, stage, index)
   return report.Content(
     name=work.experiment.name,
@@ -402,6 +423,10 @@ def _headlines(figures: Mapping[str, Any]) -> list[report.Figure]:
       note = f"95 % interval {low:.0%} to {high:.0%}; guessing {figures['chance'][name]:.1%}"
       title = f"{name} right" if name != "all" else "all three right"
       add(title, f"judge.{name}", "{:.0%}", note)
+    if "of_world" in figures["judge"]:
+      low, high = figures["judge"]["interval"]["of_world"]
+      note = f"show a colour, a shape and a direction; 95 % interval {low:.0%} to {high:.0%}"
+      add("objects of this world", "judge.of_world", "{:.0%}", note)
   rebuilt = figures["reconstruction"]
   similarity = "" if rebuilt["ssim"] is None else f"SSIM {rebuilt['ssim']:.3f}"
   add("reconstruction", "reconstruction.psnr", "{:.1f} dB", similarity)

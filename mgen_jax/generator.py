@@ -23,7 +23,7 @@ from mgen_jax.errors import UserError, suggest
 from mgen_jax.parallel import mesh as mesh_lib
 from mgen_jax.parallel import rules
 from mgen_jax.tasks import GENERATORS, AutoencoderTask, Latte, TextToVideo, text_to_video
-from mgen_jax.tasks.latte import DiffusionSamplerConfig
+from mgen_jax.tasks.latte import DiffusionSamplerConfig, LatteTaskConfig
 from mgen_jax.tasks.text_inputs import FeatureTextConfig
 from mgen_jax.tasks.text_to_video import SamplerConfig
 from mgen_jax.training import runner
@@ -118,6 +118,12 @@ class Generator:
       fps=frame_rate(work, name),
       reader=task.reader(mesh),
     )
+
+  @property
+  def unconditional(self) -> bool:
+    """Whether it knows neither text nor classes: its only prompt is ""."""
+    config = self.task.config
+    return isinstance(config, LatteTaskConfig) and config.condition == "none"
 
   def generate(
     self,

@@ -83,7 +83,8 @@ def draw(
     for video, text, number in zip(videos, texts, seeds, strict=True)
   ]
   sheet = out / f"{paths[0].stem}_sheet.png"
-  labels = [f"{text or '(no text)'} [{n}]" for text, n in zip(texts, seeds, strict=True)]
+  unnamed = "seed" if generator.unconditional else "(no text)"
+  labels = [f"{text or unnamed} [{n}]" for text, n in zip(texts, seeds, strict=True)]
   media.write_image(sheet, _sheet(videos[:_SHEET_ROWS], labels[:_SHEET_ROWS]))
   return Drawn(paths, sheet)
 
@@ -104,7 +105,7 @@ def file_stem(prompt: str, seed: int) -> str:
   if slug.replace("-", " ") != prompt or len(slug) > _NAME:  # the slug does not say it all
     digest = hashlib.sha256(prompt.encode(errors="surrogatepass")).hexdigest()[:6]
     slug = f"{slug[:_NAME].rstrip('-') or 'prompt'}-{digest}"
-  return f"seed{seed}_{slug}"
+  return f"seed{seed}_{slug}" if slug else f"seed{seed}"
 
 
 def _sheet(videos: np.ndarray, labels: Sequence[str]) -> np.ndarray:

@@ -62,7 +62,7 @@ def test_every_sample_is_a_video_with_its_verdict(work):
   stage = work.experiment.stages["evaluate"]
   text = (work.folder("evaluate") / "verdicts.jsonl").read_text()
   lines = [json.loads(line) for line in text.splitlines()]
-  prompts = marbles.held_out_prompts(work.experiment.data.marbles.world, stage.prompts, 0)
+  prompts = marbles.evaluation_prompts(work.experiment.data.marbles.world, stage.prompts, 0)
   assert [line["prompt"] for line in lines] == [prompt.text for prompt in prompts]
   assert [line["seed"] for line in lines] == list(range(stage.prompts))
   for line, prompt in zip(lines, prompts, strict=True):
@@ -87,6 +87,7 @@ def test_the_page_shows_some_samples_pairs_and_the_command(work):
   assert "http:" not in page and "https:" not in page
   assert f"python -m mgen_jax.sample --workdir={work.root}" in page
   assert "1x32x32" in page and "an image" in page
+  assert "motion that no training clip has" in page  # its world keeps some combinations
 
 
 def test_the_stage_is_done_afterwards(work):
@@ -111,6 +112,36 @@ def test_videos_of_the_user_have_no_judge(work, tmp_path, monkeypatch):
   captions = (work.root / "videos" / "captions.jsonl").read_text()
   assert lines and all(json.loads(line)["prompt"] in captions for line in lines)
   assert "There is no judge for your own videos" in (own.root / "report.html").read_text()
+
+
+def test_a_model_without_condition_is_shown_and_looked_at(tmp_path, monkeypatch):
+  nothing = dict.fromkeys(("psnr", "psnr_image", "psnr_odd_length", "ssim"), None)
+  monkeypatch.setattr(evaluate, "reconstruct", lambda *arguments: (nothing, []))
+  task = {
+    "name": "latte",
+    "model": {"layers": 2, "width": 16, "heads": 2, "in_channels": 4},
+    "stride": (4, 8, 8),
+    "sampler": {"method": "ddim", "num_steps": 2},
+  }
+  work = untrained.make(tmp_path / "run", task=task)
+  targets = dataclasses.replace(work.experiment.stages["evaluate"].targets, of_world=0.8)
+  work.experiment.stages["evaluate"] = dataclasses.replace(
+    work.experiment.stages["evaluate"], targets=targets
+  )
+  evaluated(work)
+  figures = json.loads((work.root / "report.json").read_text())
+  lines = [json.loads(x) for x in (work.folder("evaluate") / "verdicts.jsonl").open()]
+  world, words = work.experiment.data.marbles.world, ("colour", "shape", "direction")
+  assert len(lines) == figures["samples"] == work.experiment.stages["evaluate"].prompts
+  assert all(line["wanted"] == dict.fromkeys(words) for line in lines)
+  assert figures["judge"]["colour"] is None and figures["judge"]["all"] is None
+  known = [line["seen"]["direction"] in world.motions for line in lines]  # of noise: not all are
+  assert figures["judge"]["of_world"] == pytest.approx(np.mean(known), abs=1e-5)
+  assert figures["targets"]["judge.of_world"] == {"at_least": 0.8, "reached": np.mean(known) >= 0.8}
+  page = (work.root / "report.html").read_text()
+  assert "Videos from noise alone" in page and "The model is asked for nothing." in page
+  assert f"python -m mgen_jax.sample --workdir={work.root} --samples=8" in page
+  assert (work.folder("evaluate") / "samples" / "seed0.mp4").exists()
 
 
 def test_the_command_repeats_it_with_another_sampler(work, monkeypatch, capsys):

@@ -84,9 +84,9 @@ def test_what_a_trained_model_cannot_draw_is_refused(executed, arguments, messag
       "8 frames exceed the time table's 4: set model.max_frames to 8",
     ),
     (
-      "latte_marbles:t2v",
-      {"stages.t2i.task.model.variant": 2},
-      "stages.latte.task.model.variant is 1, and 2 in the stage it starts from",
+      "latte_ablations_marbles",
+      {"stages.images.task.model.variant": 2},
+      "stages.image_start.task.model.variant is 1, and 2 in the stage it starts from",
     ),
     (
       "latte_ablations_marbles",

@@ -1,9 +1,11 @@
 """A run that looks finished, with random weights in place of trained ones: in seconds."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import config_dict
 
 from mgen_jax import config as config_lib
 from mgen_jax import ingest, schema, tasks
@@ -17,18 +19,23 @@ LATENTS = {"mean": [0.1, 0.0, -0.1, 0.2], "std": [1.0, 0.5, 2.0, 1.5], "autoenco
 STAGES = ("autoencoder", "t2i", "t2v")
 
 
-def make(root: Path, *, videos: str | None = None, clips: int = 16) -> Workdir:
+def make(
+  root: Path, *, videos: str | None = None, clips: int = 16, task: dict[str, Any] | None = None
+) -> Workdir:
   """The run of tests/tiny.py, its stages up to t2v "done".
 
   Args:
     root: becomes the workdir.
     videos: a folder of the user's own; Marbles by default.
     clips: of Marbles.
+    task: of the generators; that of tests/tiny.py by default.
   """
   values = tiny.get_config()
   values.data.marbles.clips = clips
   values.data.videos = videos
   values.stages.ingest.workers = 1
+  for name in STAGES[1:] if task else ():
+    values.stages[name].task = config_dict.ConfigDict(task)
   work = Workdir.create(root, config_lib.resolve(values))
   for name in work.experiment.recipe[:-1]:
     work.start(name)

@@ -365,6 +365,9 @@ class TargetsConfig:
   colour: float | None = None  # share of the judged samples that are right, at least
   shape: float | None = None
   direction: float | None = None
+  # Share of samples that show a colour, a shape and a direction of the world, whatever was asked:
+  # of models without condition, at least.
+  of_world: float | None = None
   psnr: float | None = None  # dB of held-out clips, images and odd lengths, at least
   seconds: float | None = None  # of all stages, at most
   peak_memory_gib: float | None = None  # at most

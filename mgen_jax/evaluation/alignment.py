@@ -59,13 +59,19 @@ class Verdict:
     }
 
 
-def judge_video(video: np.ndarray, prompt: Prompt, config: WorldConfig) -> Verdict:
-  """Judges uint8 [T, H, W, 3] by the words of a world; an image is asked for no direction."""
+def judge_video(video: np.ndarray, prompt: Prompt | None, config: WorldConfig) -> Verdict:
+  """Judges uint8 [T, H, W, 3] by the words of a world; an image is asked for no direction.
+
+  Without a prompt it only says what is seen.
+  """
   return compare(judge(video, config), prompt, len(video))
 
 
-def compare(seen: Any, prompt: Prompt, frames: int = 2) -> Verdict:
+def compare(seen: Any, prompt: Prompt | None, frames: int = 2) -> Verdict:
   """What the judge saw (its `colour`, `shape`, `direction`) beside what the prompt says."""
+  if prompt is None:
+    names = ATTRIBUTES if frames > 1 else ATTRIBUTES[:-1]
+    return Verdict("", tuple(Check(name, None, getattr(seen, name)) for name in names))
   wanted = {
     "colour": prompt.colour,
     "shape": prompt.shape,
@@ -73,6 +79,24 @@ def compare(seen: Any, prompt: Prompt, frames: int = 2) -> Verdict:
   }
   checks = tuple(Check(name, wanted[name], getattr(seen, name)) for name in ATTRIBUTES)
   return Verdict(prompt.text, checks)
+
+
+def of_world(verdicts: Sequence[Verdict], config: WorldConfig) -> float:
+  """The share of videos that show a colour, a shape and a direction of the world: 1 of real ones.
+
+  Says whether a model draws objects at all, also one that is asked for nothing. A direction does
+  not count of an image, nor in a world where some motion has none ("bounces").
+  """
+  words = {"colour": config.colours, "shape": config.shapes}
+  if all(motion in _SEEN_AS for motion in config.motions):
+    words["direction"] = tuple(_SEEN_AS[motion] for motion in config.motions)
+  known = [
+    all(
+      check.seen in words[check.attribute] for check in verdict.checks if check.attribute in words
+    )
+    for verdict in verdicts
+  ]
+  return sum(known) / len(known)
 
 
 def accuracies(verdicts: Sequence[Verdict]) -> dict[str, Any]:
@@ -87,7 +111,11 @@ def accuracies(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     for check in verdict.checks:
       if check.right is not None:
         rights[check.attribute].append(check.right)
-  rights["all"] = [verdict.all_right for verdict in verdicts]
+  rights["all"] = [
+    verdict.all_right
+    for verdict in verdicts
+    if any(check.right is not None for check in verdict.checks)
+  ]
   shares = {name: sum(values) / len(values) if values else None for name, values in rights.items()}
   return {
     **shares,

@@ -207,7 +207,9 @@ def report(name: str, found: Any, fitted: Any) -> list[str]:
       shapes = f"{tuple(before[tensor].shape)} -> {tuple(after[tensor].shape)}"
       lines.append(f"changed  {tensor} {shapes}")
   same = len(before.keys() & after.keys()) - sum(line.startswith("changed") for line in lines)
-  logging.info("stage %s: %d tensors as they were, %d not", name, same, len(lines))
+  logging.info(
+    "stage %s: %d tensors unchanged, %d added, dropped or reshaped", name, same, len(lines)
+  )
   for line in lines:
     logging.info("  %s", line)
   return lines

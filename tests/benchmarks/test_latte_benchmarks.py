@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 
 from benchmarks import latte_ablations, latte_step
@@ -20,11 +19,13 @@ def test_both_sides_are_the_same_step(dtype, within):
 
 def test_every_class_is_asked_for_alike():
   world = marbles.WorldConfig(
-    colours=("red", "blue"), shapes=("circle",), motions=("moves left", "moves up"), max_objects=1
-  )
-  prompts = latte_ablations.prompts_of(world, 8)
-  texts = [prompt.text for prompt in prompts]
-  assert {texts.count(text) for text in texts} == {2} and "red circle moves up" in texts
+    colours=("red", "blue"), shapes=("circle",), motions=("moves left", "moves up"), max_objects=1,
+    textures=("plain",), backgrounds=("dark grey",), cameras=("static",), sizes=("large",),
+  )  # fmt: skip
+  texts = [prompt.text for prompt in latte_ablations.prompts_of(world, 8)]
+  assert {texts.count(text) for text in texts} == {2}
+  # A model by text has learned the words of captions, and no others.
+  assert marbles.caption(marbles.sample_scene(0, world)) in texts
 
 
 def test_the_table_and_its_picture_hold_every_arm():
@@ -39,16 +40,3 @@ def test_the_table_and_its_picture_hold_every_arm():
   figure = latte_ablations.plot(rows, {"colour": 0.5, "shape": 0.5, "direction": 0.25})
   assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["v1", "v2"]
   assert len(figure.axes[0].get_yticklabels()) == 3
-
-
-def test_videos_of_another_world_are_told():
-  world = marbles.WorldConfig(
-    colours=("red",), shapes=("circle",), motions=("moves left",), max_objects=1
-  )
-  clips = [
-    marbles.render(
-      marbles.Scene(0, (marbles.Object("red", "circle", "large", motion=motion),)), 8, 64, 64, 4.0
-    )
-    for motion in ("moves left", "moves right")
-  ]
-  assert latte_ablations.of_world(np.stack(clips), world) == 0.5

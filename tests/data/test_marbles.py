@@ -18,7 +18,7 @@ from mgen_jax.data.marbles import (
   Scene,
   WorldConfig,
   caption,
-  held_out_prompts,
+  evaluation_prompts,
   is_held_out,
   mask,
   possible_edits,
@@ -125,10 +125,17 @@ def test_splits_do_not_leak():
         assert is_held_out(thing.colour, thing.shape, thing.motion) == held_out
 
 
+def test_a_world_that_keeps_nothing_back_is_asked_for_all_of_it():
+  config = dataclasses.replace(SIMPLE, split="all")
+  count = len(COLOURS) * len(config.shapes) * len(config.motions)
+  prompts = evaluation_prompts(config, count, seed=1)
+  assert len({(p.colour, p.shape, p.motion) for p in prompts}) == count
+
+
 def test_held_out_prompts_are_new_to_training_and_cover_both_sizes():
   config = dataclasses.replace(SIMPLE, split="train")
   count = sum(is_held_out(*c) for c in itertools.product(COLOURS, config.shapes, config.motions))
-  prompts = held_out_prompts(config, 2 * count, seed=1)
+  prompts = evaluation_prompts(config, 2 * count, seed=1)
   assert all(is_held_out(p.colour, p.shape, p.motion) for p in prompts)
   assert len({(p.colour, p.shape, p.motion) for p in prompts[:count]}) == count
   assert len({p.text for p in prompts}) == 2 * count
@@ -136,8 +143,8 @@ def test_held_out_prompts_are_new_to_training_and_cover_both_sizes():
   assert prompts[0].text == (
     f"a {prompts[0].size} {prompts[0].colour} {prompts[0].shape} {prompts[0].motion}"
   )
-  assert prompts == held_out_prompts(config, 2 * count, seed=1)
-  assert prompts != held_out_prompts(config, 2 * count, seed=2)
+  assert prompts == evaluation_prompts(config, 2 * count, seed=1)
+  assert prompts != evaluation_prompts(config, 2 * count, seed=2)
 
 
 # Motion

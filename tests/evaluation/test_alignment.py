@@ -85,3 +85,21 @@ def test_the_interval_is_the_one_of_wilson():
   low, high = alignment.wilson(96, 96)
   assert high == pytest.approx(1.0) and 0.95 < low < 0.97
   assert alignment.wilson(0, 29)[0] == pytest.approx(0.0)
+
+
+def test_videos_of_another_world_are_told():
+  world = marbles.WorldConfig(
+    colours=("red",), shapes=("circle",), motions=("moves left",), max_objects=1
+  )
+  clips = [
+    marbles.render(
+      marbles.Scene(0, (marbles.Object("red", "circle", "large", motion=motion),)), 8, 64, 64, 4.0
+    )
+    for motion in ("moves left", "moves right")
+  ]
+  verdicts = [alignment.judge_video(clip, None, world) for clip in clips]
+  assert alignment.of_world(verdicts, world) == 0.5
+  still = [alignment.judge_video(clip[:1], None, world) for clip in clips]
+  assert alignment.of_world(still, world) == 1.0  # an image has no direction
+  found = alignment.accuracies(verdicts)  # they were asked for nothing
+  assert found["all"] is None and found["counted"]["all"] == 0 and found["prompts"] == 2

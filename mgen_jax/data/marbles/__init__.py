@@ -26,7 +26,7 @@ from mgen_jax.data.marbles.world import (
   Scene,
   WorldConfig,
   caption,
-  held_out_prompts,
+  evaluation_prompts,
   is_held_out,
   sample_scene,
 )
@@ -55,7 +55,7 @@ __all__ = [
   "WorldConfig",
   "caption",
   "chance",
-  "held_out_prompts",
+  "evaluation_prompts",
   "is_held_out",
   "judge",
   "mask",

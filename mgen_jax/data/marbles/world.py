@@ -209,13 +209,17 @@ def describe(thing: Object) -> str:
   return f"{thing.size} {texture}{thing.colour} {thing.shape}"
 
 
-def held_out_prompts(config: WorldConfig, n: int, seed: int) -> list[Prompt]:
-  """n prompts whose (colour, shape, motion) no scene of split "train" has.
+def evaluation_prompts(config: WorldConfig, n: int, seed: int) -> list[Prompt]:
+  """n prompts to judge a model of this world by.
+
+  Under split "train" their (colour, shape, motion) are those that no scene has; a world that
+  leaves none out is asked for all that it has.
 
   All combinations come once before any comes twice, in an order given by the seed, and sizes take
   turns. Raises ConfigError if the world's words make no held-out combination.
   """
-  combinations = _combinations(dataclasses.replace(config, split="held_out", max_objects=1))
+  split = "held_out" if config.split == "train" else config.split
+  combinations = _combinations(dataclasses.replace(config, split=split, max_objects=1))
   order = np.random.default_rng([seed, 1]).permutation(len(combinations))
   prompts = []
   for i in range(n):
