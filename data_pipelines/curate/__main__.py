@@ -23,7 +23,9 @@ _NEEDED = ("cv2", "duckdb", "faiss", "pdqhash", "pyarrow", "rapidocr", "simplejp
 if __name__ == "__main__":
   missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
   if missing:
-    sys.exit(f'curation needs the packages {", ".join(missing)}: pip install "mgen_jax[curate]".')
+    text = f'curation needs the packages {", ".join(missing)}: pip install "mgen_jax[curate]".'
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(2)
   from absl import flags
 
   from data_pipelines.curate import command
