@@ -12,10 +12,6 @@ every core, and steps take turns. "ratio" is our time over PyTorch's, "cpu_ratio
 processor time. Needs torch, of the extra "test".
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see transformer_step
-
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -62,14 +58,16 @@ def steps_of(
 
     return jax.value_and_grad(loss)(params)
 
-  lowered = jax.jit(gradient).lower(params, latents, target)
+  # There before the step, as a stage's are: see `cpu.keep_memory`.
+  on_device = jax.block_until_ready(jax.device_put((params, latents, target)))
+  lowered = jax.jit(gradient).lower(*on_device)
   options = cpu.chosen_for(lowered, mesh_lib.make_mesh(mesh_lib.MeshConfig()))
   program = lowered.compile(compiler_options=options)  # as a training step is
   theirs = [torch.tensor(np.moveaxis(x, -1, 2).copy()) for x in (latents, target)]
   forward = torch.compile(twin) if compiled else twin
 
   def ours() -> float:
-    return float(jax.block_until_ready(program(params, latents, target))[0])
+    return float(jax.block_until_ready(program(*on_device))[0])
 
   def reference() -> float:
     twin.zero_grad(set_to_none=True)

@@ -335,10 +335,12 @@ def _to_devices(
   rows: Mapping[str, np.ndarray], shapes: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
   """This host's rows of a batch as parts of global arrays, split over the batch axes."""
-  return {
+  made = {
     name: jax.make_array_from_process_local_data(shapes[name].sharding, x, shapes[name].shape)
     for name, x in rows.items()
   }
+  # A CPU runs a step in the thread that has kept its memory only where the batch is there.
+  return jax.block_until_ready(made) if jax.default_backend() == "cpu" else made
 
 
 def _check_data(fingerprint: str, batches: Batches, folder: str) -> None:

@@ -51,27 +51,13 @@ def test_a_version_of_jax_that_was_not_tried_is_left_alone(monkeypatch):
   assert cpu.compiler_options(mesh) is None
 
 
-def product(rows: int, columns: int = 512, batch: int = 1, dtype=jnp.float32):
-  """`rows` x 512 times 512 x `columns`."""
-  shapes = [(batch, rows, 512), (batch, 512, columns)]
-  shapes = shapes if batch > 1 else [shape[1:] for shape in shapes]
-  return jnp.matmul, [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+def product(dtype=jnp.float32):
+  return jnp.matmul, [jax.ShapeDtypeStruct((8, 8), dtype)] * 2
 
 
-def convolution(rows: int):
-  """A convolution whose result a product follows."""
-
-  def program(image, kernel, left, right):
-    image = jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME")
-    return image.sum() + left @ right
-
-  shapes = [(1, 4, 8, 8), (4, 4, 3, 3)]
-  return program, [jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes] + product(rows)[1]
-
-
-def scanned(rows: int):
-  """A product within a loop."""
-  matmul, (left, right) = product(rows)
+def scanned():
+  """A product of bf16 within a loop."""
+  matmul, (left, right) = product(jnp.bfloat16)
 
   def program(left, right):
     return jax.lax.scan(lambda x, _: (matmul(x, right), None), left, length=3)[0]
@@ -79,39 +65,36 @@ def scanned(rows: int):
   return program, [left, right]
 
 
+def convolution(dtype=jnp.float32):
+  """A convolution of fp32 whose result a product follows."""
+
+  def program(image, kernel, left, right):
+    image = jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME")
+    return image.sum() + left @ right
+
+  shapes = [(1, 4, 8, 8), (4, 4, 3, 3)]
+  return program, [jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes] + product(dtype)[1]
+
+
 @pytest.mark.skipif(not cpu._is_tried(), reason="this machine or version of JAX has no oneDNN")
 @pytest.mark.parametrize(
   ("program", "wanted"),
   [
-    (product(128), None),  # of a toy
-    (product(4096), cpu.ONEDNN),
-    (product(4096, dtype=jnp.bfloat16), None),  # the hardware's, which oneDNN is not given
-    (scanned(4096), cpu.ONEDNN),
-    (product(1 << 16, columns=64), None),  # narrow, as between patches and latents
-    (product(64, batch=256), None),  # many small ones, as attention has
-    (convolution(128), cpu.CONVOLUTIONS),
-    (convolution(4096), cpu.ONEDNN),  # these have the convolutions' options as well
+    (product(), cpu.PRODUCTS),
+    (product(jnp.bfloat16), cpu.HALF),
+    (scanned(), cpu.HALF),
+    (convolution(), cpu.CONVOLUTIONS),
+    (convolution(jnp.bfloat16), cpu.HALF),
   ],
-  ids=["toy", "large", "half", "loop", "narrow", "batch", "convolution", "both"],
+  ids=["product", "half", "loop", "convolution", "both"],
 )
 def test_a_step_is_compiled_by_what_it_computes(monkeypatch, program, wanted):
   function, arguments = program
   mesh = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:1])
   monkeypatch.setattr(jax, "local_device_count", lambda: 1)
-  for _ in range(2):  # the same program, the same choice
-    assert cpu.chosen_for(jax.jit(function).lower(*arguments), mesh) == wanted
+  assert cpu.chosen_for(jax.jit(function).lower(*arguments), mesh) == wanted
   several = mesh_lib.make_mesh(mesh_lib.MeshConfig(), jax.devices()[:2])
   assert cpu.chosen_for(jax.jit(function).lower(*arguments), several) is None
-
-
-def test_the_work_of_a_program_is_counted():
-  def program(x, y):
-    return jnp.einsum("bij,bkj->bik", x, y), x.reshape(-1, 5) @ y[0].T
-
-  arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((3, 4, 5), (3, 6, 5))]
-  products, convolutions = cpu.work(jax.jit(program).lower(*arguments))
-  assert sorted(products) == [(1, 12, 5, 6, False), (3, 4, 5, 6, False)]
-  assert convolutions == 0
 
 
 STEP = """
@@ -145,40 +128,44 @@ with mesh_lib.use(mesh):
 
   given = state()
   (new, metrics), (plain, plain_metrics) = chosen(given, batch), program.train_step(state(), batch)
-print("onednn" in chosen.as_text(), given.params["w"].is_deleted())
+print("ynn" in chosen.as_text(), given.params["w"].is_deleted())
 close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 jax.tree.map(close, (new.params, metrics), (plain.params, plain_metrics))
 """
 
 
 @pytest.mark.skipif(not cpu._is_tried(), reason="this machine or version of JAX has no oneDNN")
-def test_a_training_step_of_large_products_is_the_same_step_by_onednn():
+def test_a_training_step_is_the_same_with_its_options():
   """Within rounding, and its state is still donated."""
   flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
   done = subprocess.run(
     [sys.executable, "-c", STEP], env=os.environ | flags, capture_output=True, text=True
   )
   assert done.returncode == 0, done.stderr
-  assert done.stdout.split() == ["True", "True"]
+  assert done.stdout.split() == ["False", "True"]
 
 
 PAGES = """
 import resource, jax, jax.numpy as jnp, numpy as np
 from mgen_jax.parallel import cpu
 cpu.keep_memory()
-program = jax.jit(lambda x: jnp.tanh(jnp.outer(x, x) @ jnp.outer(x, x + 1)).sum())
-x = np.ones(2048, np.float32)
+x = jax.block_until_ready(jnp.ones((6144, 256)))
+
+def program(x):  # far more work than what JAX would do in the calling thread anyway
+  return jnp.sort(jnp.tanh(x @ x.T) @ x, axis=0).sum()
+
+program = jax.jit(program)
 faults = []
-for _ in range(60):
+for _ in range(30):
   program(x).block_until_ready()
   faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(np.median(np.diff(faults)[-30:]))
+print(np.median(np.diff(faults)[-20:]))
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is freed")
 def test_freed_memory_is_kept():
-  """48 MiB a call, which else waits for 12,000 pages and more.
+  """144 MiB a call, which else wait for 36,000 pages.
 
   A call now and then still needs a new piece, where what lies between freed ones is in use.
   """
