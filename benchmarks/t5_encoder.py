@@ -18,7 +18,8 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see transformer_step
+# PyTorch's threads would spin at each barrier while ours have the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import dataclasses
 import statistics

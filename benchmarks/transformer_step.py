@@ -10,8 +10,10 @@ PyTorch's side is `benchmarks/torch_backbone.py` under `torch.compile` (unless -
 scaled_dot_product_attention and its fused AdamW. Both run on a GPU where both see one, else on the
 CPU with as many threads as there are cores. Steps take turns, so that other work on the machine
 hits both alike. "ratio" is our time over PyTorch's: below 1 we are faster; "cpu_ratio" compares the
-processor time of all threads, which counts where the cores are shared with other programs. Needs
-torch, of the extra "test".
+processor time of all threads, which counts where the cores are shared with other programs.
+PyTorch's threads wait for each other awake for a moment, then asleep: their own default. With
+OMP_WAIT_POLICY=active they also take the cores from our turns, with passive each of its turns takes
+up to three times as long. Needs torch, of the extra "test".
 """
 
 import argparse
@@ -25,9 +27,6 @@ from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU is PyTorch's as well
-# PyTorch's threads would spin at each barrier while ours, or another program, have the cores: a
-# step then takes seconds. On a machine that does nothing else, "active" is fairer to it.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import flax.linen as nn
 import jax
