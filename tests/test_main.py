@@ -126,7 +126,8 @@ def test_eight_devices_give_the_same_losses(whole, tmp_path):
   assert done.returncode == 0, done.stderr
   for stage in TRAINED:
     expected, found = losses(whole, stage), losses(tmp_path, stage)
-    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+    # On a single device XLA multiplies by another library (`parallel/cpu.py`), which rounds apart.
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
 
 
 def test_a_folder_of_ones_own_videos_takes_the_same_path(tmp_path):
