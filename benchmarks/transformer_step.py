@@ -36,6 +36,7 @@ import optax
 
 from benchmarks import common
 from mgen_jax.config import OptimizerConfig
+from mgen_jax.diffusion import flow_matching
 from mgen_jax.models import backbone
 from mgen_jax.models.backbone import Backbone, BackboneConfig
 from mgen_jax.parallel import cpu
@@ -119,7 +120,7 @@ def jax_program(config: BackboneConfig, params: Any, inputs: Inputs) -> tuple[An
 
   def loss(params, x):
     made = model.apply({"params": params}, x["latents"], x["time"], x["texts"], x["masks"])
-    return jnp.square(made - x["target"]).mean()
+    return flow_matching.loss(made, x["target"]).mean()
 
   def step(params, opt_state, x):
     value, gradients = jax.value_and_grad(loss)(params, x)

@@ -33,7 +33,7 @@ MAY_IMPORT = {
   "schema": {"errors"},
   "parallel": {"errors"},
   "data": {"errors"},
-  "diffusion": {"errors"},
+  "diffusion": {"errors", "parallel"},
   "models": {"errors", "parallel"},
   "weights": {"errors", "schema", "parallel", "data", "models"},  # data: whole files or none
   "encoders": {"errors", "schema", "parallel", "data", "models", "weights"},  # data: prompts

@@ -5,6 +5,7 @@ Over hosts: `test_hosts.py`.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from mgen_jax.training import metrics
 
 pytestmark = pytest.mark.slow
 
+STAGES = ("ingest", "autoencoder", "encode", "t2i", "t2v", "evaluate")
 TRAINED = ("autoencoder", "t2i", "t2v")
 
 
@@ -122,12 +124,18 @@ def test_a_signal_saves_and_exits_with_its_own_code(whole, tmp_path, signum):
 
 
 def test_eight_devices_give_the_same_losses(whole, tmp_path):
-  done = run(tmp_path, devices=8)
-  assert done.returncode == 0, done.stderr
-  for stage in TRAINED:
-    expected, found = losses(whole, stage), losses(tmp_path, stage)
-    # On a single device XLA multiplies by another library (`parallel/cpu.py`), which rounds apart.
-    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
+  """Each stage from the same start: what rounds apart in one, Adam makes larger in those after."""
+  for first, trained in (("autoencoder", ("autoencoder",)), ("t2i", ("t2i", "t2v"))):
+    workdir = shutil.copytree(whole, tmp_path / first)
+    for stage in STAGES[STAGES.index(first) :]:
+      shutil.rmtree(workdir / stage)
+    done = run(workdir, devices=8)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("is done") == STAGES.index(first)
+    for stage in trained:
+      expected, found = losses(whole, stage), losses(workdir, stage)
+      assert found.keys() == expected.keys()
+      np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-6)
 
 
 def test_a_folder_of_ones_own_videos_takes_the_same_path(tmp_path):

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mgen_jax.parallel import sums
+
 Array = jax.Array
 
 SIGMA_MIN = 1e-5
@@ -85,4 +87,4 @@ def training_pair(
 def loss(prediction: Array, target: Array) -> Array:
   """Mean squared error of each example, in fp32: [B, ...] -> [B]."""
   error = jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32))
-  return error.mean(tuple(range(1, error.ndim)))
+  return sums.mean_of_each(error)

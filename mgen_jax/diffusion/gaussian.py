@@ -24,6 +24,7 @@ import numpy as np
 
 from mgen_jax.diffusion import v_prediction
 from mgen_jax.errors import ConfigError
+from mgen_jax.parallel import sums
 
 Array = jax.Array
 Model = Callable[[Array, Array], Array]  # (x_t [B, ..., C], step int [B]) -> [B, ..., 2C]
@@ -251,7 +252,7 @@ def losses(
   # What is not taken must not make the gradient infinite.
   safe_log = jnp.where(first, model_log, 0.0)
   bound = jnp.where(first, -discretised_log_likelihood(x0, mean, 0.5 * safe_log), kl)
-  return _mean_of_example(square), _mean_of_example(bound) / math.log(2.0)
+  return sums.mean_of_each(square), sums.mean_of_each(bound) / math.log(2.0)
 
 
 def discretised_log_likelihood(x: Array, mean: Array, log_scale: Array) -> Array:
@@ -267,10 +268,6 @@ def discretised_log_likelihood(x: Array, mean: Array, log_scale: Array) -> Array
 def _normal_cdf(x: Array) -> Array:
   """The tanh approximation that the released code has."""
   return 0.5 * (1.0 + jnp.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def _mean_of_example(values: Array) -> Array:
-  return values.reshape(values.shape[0], -1).mean(-1)
 
 
 # --------------------------------------------------------------------------------------------------

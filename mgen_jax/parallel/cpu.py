@@ -80,8 +80,11 @@ def compiler_options(
 def chosen_for(
   lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh
 ) -> dict[str, str | bool] | None:
-  """For `lowered.compile` of a training step, by what is in it; None: where it is no such CPU."""
-  if compiler_options(mesh) is None:
+  """For `lowered.compile` of a training step, by what is in it; None: not for x86-64 CPUs.
+
+  The same for one device and for several simulated ones, which so round alike.
+  """
+  if mesh.devices.flat[0].platform != "cpu" or not _is_tried():
     return None
   convolutions, half = contents(lowered)
   return dict(HALF if half else CONVOLUTIONS if convolutions else PRODUCTS)

@@ -23,6 +23,7 @@ from mgen_jax.errors import ConfigError, check_ranges
 from mgen_jax.models import autoencoder, autoencoder_flops, perceptual
 from mgen_jax.models.autoencoder import AutoencoderConfig
 from mgen_jax.models.discriminator import Discriminator, DiscriminatorConfig
+from mgen_jax.parallel import sums
 from mgen_jax.tasks import autoencoder_losses as losses
 from mgen_jax.tasks.base import ArraySpec
 from mgen_jax.weights import autoencoder_kl, files, lpips
@@ -185,7 +186,7 @@ class AutoencoderTask:
     latents = mean + jnp.exp(0.5 * logvar) * noise
     features = self._model.apply(model, latents, method="decode_features")
     made = self._model.apply(model, features, video.shape[1], method="decode_output")
-    l1, l2 = jnp.abs(made - video).mean(), jnp.square(made - video).mean()
+    l1, l2 = sums.mean(jnp.abs(made - video)), sums.mean(jnp.square(made - video))
     kl = losses.kl(mean, logvar)
     loss = self._rebuild_loss(params, video, made) + cfg.kl_weight * kl
     metrics = {"l1": l1, "kl": kl, "psnr": losses.psnr(l2), "spot": losses.spot_norm(mean)}
@@ -197,7 +198,7 @@ class AutoencoderTask:
   def _rebuild_loss(self, params, video, made):
     """What depends on the pixels made: the part that the adversarial loss is weighed against."""
     cfg, error = self.config, made - video
-    loss = cfg.l1_weight * jnp.abs(error).mean() + cfg.l2_weight * jnp.square(error).mean()
+    loss = cfg.l1_weight * sums.mean(jnp.abs(error)) + cfg.l2_weight * sums.mean(jnp.square(error))
     if not cfg.perceptual_weight:
       return loss
     if cfg.has_lpips:

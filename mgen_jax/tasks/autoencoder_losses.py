@@ -10,6 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from mgen_jax.parallel import sums
+
 Array = jax.Array
 
 _EPS = 1e-6
@@ -21,7 +23,7 @@ def kl(mean: Array, logvar: Array) -> Array:
   The latent-diffusion code sums it over an example instead and averages over the batch: its weight
   w is w times the number of latent values here.
   """
-  return 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar).mean()
+  return 0.5 * sums.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
 
 
 def outlier_penalty(latents: Array, r: float = 3.0) -> Array:
@@ -40,7 +42,7 @@ def outlier_penalty(latents: Array, r: float = 3.0) -> Array:
     r: 3 in the paper.
   """
   distance, spread = _norms(latents)
-  return jnp.maximum(distance - r * spread, 0.0).mean()
+  return sums.mean(jnp.maximum(distance - r * spread, 0.0))
 
 
 def mean_reduced_weight(weight: float, frames: int, height: int, width: int) -> float:

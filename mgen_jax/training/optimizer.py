@@ -10,6 +10,7 @@ import optax
 import optax.contrib
 
 from mgen_jax.config import OptimizerConfig
+from mgen_jax.parallel import sums
 from mgen_jax.training import parameters
 
 
@@ -81,7 +82,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 def global_norm(tree: Any) -> jax.Array:
   """The Euclidean norm of all leaves together, fp32 []: that of optax, in half of the operations,
   which are for real numbers only."""
-  return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
+  return jnp.sqrt(sum(sums.sum_of_squares(leaf) for leaf in jax.tree.leaves(tree)))
 
 
 def clip_by_norm(limit: float) -> optax.GradientTransformation:
