@@ -42,7 +42,7 @@ class Validator:
       out_shardings=rules.replicated(mesh),
     )
     self._times, self._weights = task.time_bins(bins) if self._timed else (None, None)
-    self._compiled: Mapping[tuple[Bucket, int], Callable[..., jax.Array]] = {}
+    self._compiled: dict[tuple[Bucket, int], Callable[..., jax.Array]] = {}
 
   def compile(
     self, params: Any, batches: Mapping[tuple[Bucket, int], Mapping[str, Any]], *frozen: Any
@@ -50,7 +50,7 @@ class Validator:
     """Compiles for batches of these shapes, so that the first validation need not.
 
     Args:
-      params: as shapes with shardings.
+      params: arrays, or shapes with shardings.
       batches: likewise, of each bucket and number of examples.
       frozen: parameters that complete a batch, if the task has such.
     """
@@ -59,7 +59,7 @@ class Validator:
       key: self._program.lower(params, dict(rows), start, start, *frozen)
       for key, rows in batches.items()
     }
-    self._compiled = step_lib.compile_side_by_side(lowered, self._mesh)
+    self._compiled |= step_lib.compile_side_by_side(lowered, self._mesh)
 
   def __call__(
     self,
@@ -82,8 +82,10 @@ class Validator:
     found, seen = [], 0
     for index, (bucket, rows) in enumerate(batches):
       examples = len(next(iter(rows.values()))) * jax.process_count()
-      program = self._compiled.get((bucket, examples), self._program)
-      found.append(program(params, put(bucket, rows), np.int32(index), np.int32(seen), *frozen))
+      key, batch = (bucket, examples), put(bucket, rows)
+      if key not in self._compiled:
+        self.compile(params, {key: batch}, *frozen)
+      found.append(self._compiled[key](params, batch, np.int32(index), np.int32(seen), *frozen))
       seen += examples
     found = jax.device_get(found)
     if not self._timed:
