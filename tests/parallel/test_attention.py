@@ -64,8 +64,18 @@ def check(inputs, mesh=None, tolerance=2e-5, **options):
 @pytest.mark.parametrize("kernel", ["plain", "blockwise", "splash"])
 def test_every_kernel_equals_the_reference(monkeypatch, kernel, masked):
   """Odd lengths, grouped heads; several slices, several tiles that do not divide the lengths."""
-  monkeypatch.setattr(kernels, "CPU_SCORES", 2 * 4 * 141 * 50)
+  monkeypatch.setattr(kernels, "SCORES", 2 * 4 * 141 * 50)
   check(arrays(2, 259, 141, 4, 2, masked=masked), kernel=kernel, blocks=SMALL)
+
+
+@pytest.mark.parametrize("examples", [1, 3])
+def test_parts_of_a_batch_may_be_unequal(monkeypatch, examples):
+  """Only on a CPU that is one device; masks differ from example to example."""
+  assert kernels.parts() == 2
+  monkeypatch.setattr(kernels, "SCORES", 3 * 2 * 75 * 40)
+  check(arrays(examples, 101, 75, 2, 1), kernel="blockwise")
+  with mesh_lib.use(mesh_of(fsdp=8)):
+    assert kernels.parts() == 1
 
 
 @pytest.mark.parametrize("kernel", ["plain", "blockwise", "splash"])
@@ -162,7 +172,7 @@ def temporary_bytes(kernel):
 
 
 def test_long_sequences_need_no_memory_for_their_scores(monkeypatch):
-  monkeypatch.setattr(kernels, "CPU_SCORES", 1 << 18)
+  monkeypatch.setattr(kernels, "SCORES", 1 << 18)
   scores = 4 * 4 * 2048**2  # bytes, fp32
   assert temporary_bytes("plain") > scores
   assert temporary_bytes(None) < scores / 8

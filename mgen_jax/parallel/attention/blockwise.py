@@ -11,6 +11,7 @@ rows of a slice of c queries are [b, g, h / g * c, d], its scores [b, g, h / g *
 """
 
 import functools
+import itertools
 import math
 
 import jax
@@ -25,24 +26,44 @@ Array = jax.Array
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def attend(q: Array, k: Array, v: Array, mask: Array | None, limit: int, saved_name: str) -> Array:
-  """Attention with at most about `limit` scores in memory; `saved_name` names its residuals."""
-  del saved_name
-  return forward(q, k, v, mask, limit=limit)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def attend(
+  q: Array, k: Array, v: Array, mask: Array | None, limit: int, saved_name: str, parts: int = 1
+) -> Array:
+  """Attention with at most about `limit` scores in memory; `saved_name` names its residuals.
+
+  The batch is taken in `parts`, none of which waits for another. XLA's CPU backend makes all
+  matrices of a batched product on one core, one after another, but several products at a time.
+  """
+  return _attend_forward(q, k, v, mask, limit, saved_name, parts)[0]
 
 
-def _attend_forward(q, k, v, mask, limit, saved_name):
-  out, lse = (checkpoint_name(x, saved_name) for x in forward(q, k, v, mask, limit=limit))
+def _attend_forward(q, k, v, mask, limit, saved_name, parts):
+  made = _in_parts(forward, parts, limit, q, k, v, mask)
+  out, lse = (checkpoint_name(x, saved_name) for x in made)
   return out, (q, k, v, mask, out, lse)
 
 
-def _attend_backward(limit, saved_name, saved, dout):
+def _attend_backward(limit, saved_name, parts, saved, dout):
   del saved_name
-  return (*backward(*saved, dout, limit=limit), None)
+  return (*_in_parts(backward, parts, limit, *saved, dout), None)
 
 
 attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _in_parts(function, parts, limit, *arrays):
+  """The results of `function` for the examples of each part, put together."""
+  batch = arrays[0].shape[0]
+  parts = min(parts, batch)
+  if parts == 1:
+    return function(*arrays, limit=limit)
+  ends = [batch * part // parts for part in range(parts + 1)]
+  made = [
+    function(*jax.tree.map(lambda x, a=a, b=b: x[a:b], arrays), limit=limit // parts)
+    for a, b in itertools.pairwise(ends)
+  ]
+  return tuple(jnp.concatenate(pieces) for pieces in zip(*made, strict=True))
 
 
 def forward(q: Array, k: Array, v: Array, mask: Array | None, *, limit: int) -> tuple[Array, Array]:
