@@ -7,7 +7,8 @@ gives it the unit again.
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -17,6 +18,10 @@ from data_pipelines.curate.engines import Ended
 from mgen_jax.errors import UserError
 
 _OBJECT_STORE = 100 * 2**20  # bytes: nothing but tasks goes through it
+# How the names of Ray Data's threads begin that ask Ray for something, and how long to wait for one
+# (seconds). Its "Prefetcher" sleeps from an early end on.
+_THREADS = ("StreamingExecutor", "iter_threaded", "ray-data-metadata")
+_PATIENCE = 60.0
 
 
 class Ray:
@@ -40,6 +45,7 @@ class Ray:
         logging_level="warning",
         **({} if address else here),
       )
+    self._rows: Generator[dict[str, Any], None, None] | None = None
     self.workers = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -63,14 +69,31 @@ class Ray:
       compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
       num_cpus=1,
     )
-    for row in units.iter_rows():
-      if row["fault"]:
-        raise UserError(row["fault"])
-      yield Ended(row["pid"])
+    rows = self._rows = iter(units.iter_rows())
+    try:
+      for row in rows:
+        if row["fault"]:
+          raise UserError(row["fault"])
+        yield Ended(row["pid"])
+    finally:
+      _end(rows)
 
   def close(self) -> None:
+    if self._rows is not None:
+      _end(self._rows)
     if self._ours:
       ray.shutdown()
+
+
+def _end(rows: Generator[dict[str, Any], None, None]) -> None:
+  """Ends units that are at work, and waits for the threads that follow them.
+
+  Ray ends the whole process where one of them asks it for anything after its shutdown.
+  """
+  rows.close()
+  for thread in threading.enumerate():
+    if thread.name.startswith(_THREADS) and thread is not threading.current_thread():
+      thread.join(_PATIENCE)
 
 
 class _Worker:

@@ -159,6 +159,8 @@ def test_ray_writes_the_same_bytes_though_a_worker_is_killed(videos, expected, t
     curate(slow(), videos, tmp_path / "out", engine)
     with pytest.raises(UserError, match="cannot be done"):
       list(engine.run(fail, [types.SimpleNamespace(partition=number) for number in range(4)]))
+    # With a thread of the run left, Ray would end this process after its shutdown.
+    assert not [thread for thread in threading.enumerate() if thread.name == "iter_threaded"]
     Ray.close(engine)
     with pytest.raises(RuntimeError, match="is closed"):
       list(engine.run(fail, [types.SimpleNamespace(partition=0)]))
