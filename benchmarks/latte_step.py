@@ -12,6 +12,7 @@ every core, and steps take turns. "ratio" is our time over PyTorch's, "cpu_ratio
 processor time. Needs torch, of the extra "test".
 """
 
+import dataclasses
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -88,13 +89,18 @@ def main(argv: Sequence[str] | None = None) -> common.Row:
   parser.add_argument(
     "--dtype", default="float32", choices=("float32", "bfloat16"), help="Of both (float32)."
   )
-  parser.add_argument("--unroll", type=int, default=1, help="Pairs of layers in a loop's body.")
+  parser.add_argument(
+    "--unroll",
+    type=int,
+    help="Pairs of layers in a loop's body (default: all, which is fastest on a CPU; models have 1).",
+  )
   args = parser.parse_args(argv)
   cpu.keep_memory()  # as `main` does
   rows = []
   for name in args.sizes.split(","):
     print(f"{name} ...", file=sys.stderr, flush=True)
-    config = latte.size(name, scan_unroll=args.unroll, dtype=args.dtype)
+    config = latte.size(name, dtype=args.dtype)
+    config = dataclasses.replace(config, scan_unroll=args.unroll or config.layers)
     steps = steps_of(config, compiled=args.compile)
     first, second = steps["jax"](), steps["torch"]()
     if abs(first - second) > (1e-4 if args.dtype == "float32" else 1e-2) * abs(second):
