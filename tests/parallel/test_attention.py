@@ -78,6 +78,14 @@ def test_parts_of_a_batch_may_be_unequal(monkeypatch, examples):
     assert kernels.parts() == 1
 
 
+@pytest.mark.parametrize("position", [0, 70, 149])
+def test_a_nan_among_the_keys_is_not_lost(position):
+  """The loop has to see it, wherever in a row; the other example has none."""
+  q, k, v, _, _ = arrays(2, 130, 150, 2, 2, masked=False)
+  out = attention(q, k.at[0, position].set(jnp.nan), v, kernel="blockwise")
+  assert jnp.isnan(out[0]).all() and jnp.isfinite(out[1]).all()
+
+
 @pytest.mark.parametrize("kernel", ["plain", "blockwise", "splash"])
 def test_half_precision_keeps_its_statistics_in_fp32(kernel):
   """600 equal scores: summed in bf16, the weights would stop to grow at 256 of them."""
