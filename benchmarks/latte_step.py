@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> common.Row:
   parser.add_argument(
     "--unroll",
     type=int,
-    help="Pairs of layers in a loop's body (default: all, which is fastest on a CPU; models have 1).",
+    help="Pairs of layers in a loop's body (default: all, fastest on a CPU; models have 1).",
   )
   args = parser.parse_args(argv)
   cpu.keep_memory()  # as `main` does
