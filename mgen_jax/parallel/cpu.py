@@ -80,8 +80,9 @@ def compiler_options(
 def chosen_for(
   lowered: jax.stages.Lowered, mesh: jax.sharding.Mesh
 ) -> dict[str, str | bool] | None:
-  """For `lowered.compile` of a training step, by what is in it; None: not for x86-64 CPUs.
+  """For `lowered.compile` of a training step, by what is in it.
 
+  None, which leaves XLA its own: anywhere but on an x86-64 CPU, and for a JAX that was not tried.
   The same for one device and for several simulated ones, which so round alike.
   """
   if mesh.devices.flat[0].platform != "cpu" or not _is_tried():

@@ -71,9 +71,11 @@ def _on_cpu_backward(saved, dy):
     turned = jnp.concatenate([narrow.T, jnp.ones((1, x.shape[0]), x.dtype)])
     dkernel = _summed(turned, wide, (1, 0))[:-1]
   else:
-    # XLA would take a transposition after it into the product, and so make the shorter side last.
-    dkernel = jax.lax.optimization_barrier(_summed(narrow, wide, (0, 0)))
-  dkernel = (dkernel if narrow is x else dkernel.T).astype(kernel.dtype)
+    dkernel = _summed(narrow, wide, (0, 0))
+  if narrow is dy:
+    # Else XLA takes the transposition into the product, which then has the shorter side last.
+    dkernel = jax.lax.optimization_barrier(dkernel).T
+  dkernel = dkernel.astype(kernel.dtype)
   if bias is None:
     return dx, dkernel, None
   # A sum over many rows is split into windows and read twice, mostly by one core. With less than

@@ -34,8 +34,8 @@ def _mean(x: Array, first: int) -> Array:
 
 def sum_of_squares(x: Array) -> Array:
   """The sum of the squares of all values, in fp32 at least: [...] -> []."""
-  if mesh_lib.platform() != "cpu":
-    return jnp.sum(jnp.square(x))
-  axes = tuple(range(x.ndim))
   wide = jnp.promote_types(x.dtype, jnp.float32)
+  if mesh_lib.platform() != "cpu":
+    return jnp.sum(jnp.square(x.astype(wide)))
+  axes = tuple(range(x.ndim))
   return jax.lax.dot_general(x, x, ((axes, axes), ((), ())), preferred_element_type=wide)

@@ -20,7 +20,7 @@ from mgen_jax.errors import UserError
 _OBJECT_STORE = 100 * 2**20  # bytes: nothing but tasks goes through it
 # How the names of Ray Data's threads begin that ask Ray for something, and how long to wait for one
 # (seconds). Its "Prefetcher" sleeps from an early end on.
-_THREADS = ("StreamingExecutor", "iter_threaded", "ray-data-metadata")
+_THREADS = ("StreamingExecutor", "iter_threaded", "map_tp_", "ray-data-metadata")
 _PATIENCE = 60.0
 
 
@@ -76,24 +76,27 @@ class Ray:
           raise UserError(row["fault"])
         yield Ended(row["pid"])
     finally:
-      _end(rows)
+      rows.close()  # ends units that are at work
 
   def close(self) -> None:
-    if self._rows is not None:
-      _end(self._rows)
-    if self._ours:
-      ray.shutdown()
+    try:
+      if self._rows is not None:
+        self._rows.close()
+    finally:
+      if self._ours:
+        _wait_for_threads()
+        ray.shutdown()
 
 
-def _end(rows: Generator[dict[str, Any], None, None]) -> None:
-  """Ends units that are at work, and waits for the threads that follow them.
-
-  Ray ends the whole process where one of them asks it for anything after its shutdown.
-  """
-  rows.close()
+def _wait_for_threads() -> None:
+  """Until no thread asks Ray for anything: after a shutdown it would end the whole process."""
   for thread in threading.enumerate():
-    if thread.name.startswith(_THREADS) and thread is not threading.current_thread():
+    if thread.name.startswith(_THREADS):
       thread.join(_PATIENCE)
+      if thread.is_alive():
+        logging.getLogger(__name__).warning(
+          "Ray Data's thread %s has not ended in %g s.", thread.name, _PATIENCE
+        )
 
 
 class _Worker:

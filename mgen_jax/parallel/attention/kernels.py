@@ -28,7 +28,7 @@ CUDNN_PRIMITIVE = "dot_product_attention_fwd_wrapper"
 
 # As many scores of a layer may XLA hold on a device: 256 MiB in fp32, and several times that in the
 # gradient. On a CPU no less, though its caches are smaller: slices of them one after another keep
-# its cores waiting for each other (a gradient with 2^22 took up to twice as long).
+# its cores waiting for each other (with 2^22 a gradient took about twice as long).
 SCORES = 1 << 26
 
 GPU = ("gpu", "cuda")
@@ -78,7 +78,7 @@ def choose(q: Array, k: Array) -> str:
 
 def parts() -> int:
   """How many parts of a batch "blockwise" makes side by side: several where the cores of a CPU are
-  one device, which is faster by a fifth to a half."""
+  one device, with which a step of a small model takes 0.9 to 0.95 of the time."""
   mesh = mesh_lib.current()
   return 2 if mesh_lib.platform() == "cpu" and (mesh is None or mesh.size == 1) else 1
 

@@ -126,7 +126,7 @@ def test_ray_writes_the_same_bytes_though_a_worker_is_killed(videos, expected, t
   """A real cluster of three nodes on this machine, each with one worker; one is killed at work."""
   ray = pytest.importorskip("ray", reason="needs the extra: pip install mgen_jax[ray]")
   cluster_utils = pytest.importorskip("ray.cluster_utils")
-  from data_pipelines.curate.engines.ray import Ray
+  from data_pipelines.curate.engines.ray import _THREADS, Ray
 
   cluster = cluster_utils.Cluster(
     initialize_head=True,
@@ -159,9 +159,9 @@ def test_ray_writes_the_same_bytes_though_a_worker_is_killed(videos, expected, t
     curate(slow(), videos, tmp_path / "out", engine)
     with pytest.raises(UserError, match="cannot be done"):
       list(engine.run(fail, [types.SimpleNamespace(partition=number) for number in range(4)]))
-    # With a thread of the run left, Ray would end this process after its shutdown.
-    assert not [thread for thread in threading.enumerate() if thread.name == "iter_threaded"]
     Ray.close(engine)
+    # With a thread of the run left, Ray would end this process after its shutdown.
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(_THREADS)]
     with pytest.raises(RuntimeError, match="is closed"):
       list(engine.run(fail, [types.SimpleNamespace(partition=0)]))
   finally:
